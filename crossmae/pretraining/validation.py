@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,13 +15,15 @@ from crossmae.data.parallel import map_in_order
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.source import evenly_spaced
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, counted, shorten
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.config import ProbeConfig
 from crossmae.pretraining.neighbours import encode_images, knn_accuracy, standardize
 from crossmae.pretraining.reconstruction import Panels, reconstruct
 from crossmae.training.processes import Ranks
 from crossmae.training.signals import until_stop
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut:
@@ -96,14 +99,18 @@ class Neighbours:
                 "both the same classes: a folder for each class, or labels in the list."
             )
         self.normalize, self.batch_size, self.settings = normalize, batch_size, settings
-        self.num_classes, k = len(train.classes), settings.k
+        self.num_classes, self.k = len(train.classes), settings.k
         self.views, self.labels = [], []
         for source in (train, val):
             indices = evenly_spaced(len(source), settings.images)
             self.views.append(load_views(source, indices, model, bit_depth, "probe"))
             self.labels.append(torch.tensor([source.label(index) for index in indices]))
-        if k > len(self.views[0]):
-            raise UserError(f"probe.k: {k} neighbours of {len(self.views[0])} images in probe.train. Lower it.")
+        if self.k > (most := len(self.views[0])):
+            sentence = f"probe.k: {self.k} neighbours of {counted(most, 'image')} in probe.train"
+            if self.k != ProbeConfig().k:
+                raise UserError(f"{sentence}. Lower it.")
+            log.warning("%s. The probe uses all", sentence)
+            self.k = most
 
     def accuracy(self, model: CrossMAE) -> float:
         """Compute the share of probe.val images that are classified correctly."""
@@ -113,7 +120,7 @@ class Neighbours:
             batches = (self.normalize(batch.to(device)) for batch in until_stop(parts, Ranks(), len(parts)))
             features.append(encode_images(model, batches, settings.pool))
         train, val = standardize(*features)
-        about = (self.num_classes, settings.k, settings.temperature)
+        about = (self.num_classes, self.k, settings.temperature)
         return knn_accuracy(train, self.labels[0], val, self.labels[1], *about)
 
 

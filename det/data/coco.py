@@ -236,10 +236,8 @@ def _log_findings(findings: Sequence[Finding], dropped: Dropped, json_path: str 
     counts = {rank: ", ".join(f"{one.kind.name} {len(one.positions)}" for one in findings if one.rank is rank)
               for rank in Rank}  # fmt: skip
     if dropped.images or dropped.annotations or dropped.polygons:
-        parts = f", polygons of {len(dropped.polygons)} more" if dropped.polygons else ""
-        numbers = (
-            f"{counted(len(dropped.images), 'image')} and {counted(len(dropped.annotations), 'annotation')}{parts}"
-        )
+        numbers = f"{counted(len(dropped.images), 'image')} and {counted(len(dropped.annotations), 'annotation')}"
+        numbers += f", polygons of {len(dropped.polygons):,} more" if dropped.polygons else ""
         log.warning("%s: DATASETS.DROP leaves out %s: %s", json_path, numbers, counts[Rank.DROPPABLE])
     for one in findings:
         if one.kind.name in WARNINGS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from crossmae.data.sources import open_source
+from crossmae.errors import UserError
 from crossmae.pretraining import train as train_module
 from crossmae.pretraining.train import pretrain
-from crossmae.pretraining.validation import Health
+from crossmae.pretraining.validation import Health, load_views
 from tests.crossmae.pretraining.runs import build, judged, log_lines, make_config
 
 BAND = ((0.2, 0.6, 0.8), (1.0, 0.3, 0.5))
@@ -76,6 +80,31 @@ def test_validation_and_probe_start_before_training_and_are_the_same_in_every_ru
     }
     steps = (0, 5, 10, 12)
     assert pictures == {f"{name}/step-{step:08d}" for name in ("reconstructions", "fusion") for step in steps}
+
+
+def test_the_default_neighbours_of_a_small_probe_are_all_its_images(
+    images: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A value of the user's that is too large is an error: see the tests of bad input."""
+    probe = {"train": str(labelled / "train"), "val": str(labelled / "val"), "images": 4}
+    config = make_config(images, tmp_path / "run", probe=probe, schedule={"max_steps": 1})
+    assert config.probe.k == 20
+    pretrain(config)
+    assert "probe.k: 20 neighbours of 4 images in probe.train. The probe uses all" in caplog.messages
+    assert len(log_lines(tmp_path / "run", "knn_accuracy")) == 2
+
+
+def test_a_broken_image_has_whole_advice(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(images, folder)
+    first = sorted(folder.rglob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:60])
+    model = build(make_config(images, tmp_path))
+    with pytest.raises(UserError) as caught:
+        load_views(open_source(folder, "data.train"), [0], model, 8, "data.train")
+    assert re.search(r"\. Repair or remove it, or set data\.broken=substitute\.$", str(caught.value))
+    with pytest.raises(UserError, match=r"Repair or remove it: what is evaluated on is never replaced\.$"):
+        load_views(open_source(folder, "data.val"), [0], model, 8, "data.val")
 
 
 def test_the_held_out_loss_is_the_mean_over_all_masked_patches(images: Path, labelled: Path, tmp_path: Path) -> None:
