@@ -222,7 +222,7 @@ def check_objects_left(records: list[dict[str, Any]], mapper: NamingMapper) -> N
         inside += sum(_box_in_image(one, record) for one in objects)
     if left < LEFT * total:
         raise UserError(
-            f"DATASETS.TRAIN: of {counted(total, 'object')} in {counted(len(some), 'image')}, {left} are left "
+            f"DATASETS.TRAIN: of {counted(total, 'object')} in {counted(len(some), 'image')}, only {left} are left "
             f"before any augmentation: {total - inside} boxes are empty or outside their image, and {inside - left} "
             "masks cover no pixel of it. "
             "Check that boxes and masks are in pixels of these images, with x before y."

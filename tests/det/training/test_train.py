@@ -394,6 +394,15 @@ def test_resuming_with_other_settings_is_refused(tmp_path, command, capsys, monk
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_folder_of_a_pretraining_is_refused_by_its_kind(tmp_path, command):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".claim.json").write_text('{"kind": "pretraining"}')
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match=r"OUTPUT_DIR: .* is the folder of a pretraining run, not of detection\."):
+            main([*command, *more])
+
+
 def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path, command, caplog):
     """Torn or with a flipped bit; the end is that of the unbroken run."""
     words = ["SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0"]

@@ -394,6 +394,13 @@ def test_contradictions_are_refused_by_the_config(
         make_config(images, tmp_path, **changes)
 
 
+def test_the_folder_of_a_pretraining_is_refused_by_its_kind(images: Path, tmp_path: Path) -> None:
+    (tmp_path / ".claim.json").write_text('{"kind": "pretraining"}')
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"output_dir: .* the folder of a pretraining run, not of fine-tuning\."):
+            finetune(make_config(images, tmp_path), resume=resume)
+
+
 def test_another_set_of_classes_is_not_the_same_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
     write_classes(tmp_path / "train", per_class=6)
