@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae.errors import printable
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import SCORED_KINDS, Row
 from crossmae.experiments.score_blocks import (
     bounds,
     cost_table,
@@ -38,7 +38,6 @@ from crossmae.training.versions import versions
 
 CellFacts = Mapping[str, str | int | float | None]  # of a cell
 
-SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
     "own": "CrossMAE on your images",
     "continued": "your weights, continued",
