@@ -32,12 +32,15 @@ from pathlib import Path
 from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
-from crossmae.experiments.worth.inputs import LabelledPart
+from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
 
 ARMS_HELP = (
     f"starts to compare, without spaces (default: {', '.join(USUAL_ARMS)}, with --weights also "
     f"{' and '.join(NEEDS_WEIGHTS)}; not by default: {EQUAL_COMPUTE})"
 )
+
+SHARES = ",".join(f"{share:g}" for share in DEFAULT_SHARES)
+VAL_HELP = "labels to evaluate on (default: a fifth of LABELS, at least 20 images, but at most half)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, metavar="IMAGES", help="images to pretrain on; labels are not used")
     add("labels", type=Path, metavar="LABELS", help="a COCO json, or a folder per class")
     add("--label-images", type=Path, metavar="DIR", help="images that LABELS names (default: near LABELS, or IMAGES)")
-    add("--val-labels", type=Path, metavar="FILE", help="labels to evaluate on (default: a fifth of LABELS)")
+    add("--val-labels", type=Path, metavar="FILE", help=VAL_HELP)
     add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")
     add("--weights", type=Path, metavar="FILE", help="weights to compare with, in any format that the toolkit reads")
     add("--output", type=Path, default=Path("outputs/worth"), help="folder (default: %(default)s)")
     add("--size", choices=list(PRESETS), help="configs (default: demo without a GPU, small with a GPU)")
-    add("--shares", type=_numbers, default=[10.0, 30.0, 100.0], metavar="P,P", help="of LABELS (default: 10,30,100)")
+    add("--shares", type=_numbers, metavar="P,P", help=f"percentages of LABELS (default: {SHARES}, as far as possible)")
     add("--seeds", type=_seeds, default=[0, 1, 2], metavar="N,N", help="a pretraining each (default: 0,1,2)")
     add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=ARMS_HELP)
     add("--equal-compute", action="store_true", help="also random weights with as much computation as own in all")
@@ -122,7 +125,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.val_images and not arguments.val_labels:
         raise UserError("--val-images: there are no --val-labels that name these images. Add them.")
     for flag in ("shares", "seeds"):
-        values = getattr(arguments, flag)
+        values = getattr(arguments, flag) or ()
         if len(set(values)) < len(values):
             raise UserError(f"--{flag}: a number is there twice. Give different numbers.")
 

@@ -24,7 +24,7 @@ def _nothing_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--shares", "0,50"], "shares: 0 is not a percentage"),
+        (["--shares", "0,50"], "--shares: 0 is not a percentage"),
         (["--shares", "50,50"], "--shares: a number is there twice"),
         (["--seeds", "1,1"], "--seeds: a number is there twice"),
         (["--seeds=-1,0"], "--seeds: -1 to 0. Give numbers from 0"),
