@@ -159,8 +159,6 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
             "LABELS: .*train.json: 20 of 40 labelled images are held out for validation, and 4 % of 20 training images "
             "are 1, .* each of the 2 categories. Give --shares of 10 % or more, or name .* with --val-labels",
         ),
-        ("share of val", "LABELS: .*train.json: 2 % of 40 training images are 1, .* Give --shares of 5 % or more\\."),
-        ("split", "2 of 4 labelled images are held out .* the other 2 are too few for .* 3 categories. Label more"),
         ("val is train", "--val-labels: 40 of 40 validation images are labelled training images"),
         ("one class", "LABELS: .*: has fewer than two classes"),
         ("no val", "--val-labels: .*nowhere.json does not exist"),
@@ -168,7 +166,7 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
-    labels = write_labels(tmp_path, {"few": 2, "split": 4}.get(case, 40))
+    labels = write_labels(tmp_path, 2 if case == "few" else 40)
     val, options = None, {}
     if case == "missing":
         labels = LabelledPart(tmp_path / "nowhere.json")
@@ -183,13 +181,6 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
         options = {"unlabelled": tmp_path / "nowhere"}
     elif case == "share":
         options = {"shares": (4.0,)}
-    elif case == "share of val":
-        val, options = write_labels(tmp_path, 6, "val"), {"shares": (2.0,)}
-    elif case == "split":
-        content = json.loads(labels.labels.read_text())
-        for number, annotation in enumerate(content["annotations"]):
-            annotation["category_id"] = number % 3
-        labels.labels.write_text(json.dumps(content))
     elif case == "val is train":
         val = labels
     elif case == "one class":
@@ -203,6 +194,17 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
             path.unlink()
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, labels, val, **options)
+
+
+def test_too_few_labels_name_what_the_user_gave(tmp_path: Path):
+    labels, val = write_labels(tmp_path), write_labels(tmp_path, 6, "val")
+    with pytest.raises(UserError, match=r"LABELS: .*train.json: 2 % of 40 training .* Give --shares of 5 % or more\.$"):
+        prepare(tmp_path, labels, val, shares=(2.0,))
+    few = write_labels(tmp_path, 4, "few")
+    annotations = json.loads(few.labels.read_text())["annotations"]
+    without(few, "annotations", [one | {"category_id": number % 3} for number, one in enumerate(annotations)])
+    with pytest.raises(UserError, match=r"few.json: 2 of 4 .* held out .* the other 2 are too few .* --val-labels"):
+        prepare(tmp_path, few)
 
 
 def test_changed_inputs_are_refused_once_there_are_results(tmp_path: Path):
