@@ -33,6 +33,7 @@ from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
 from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
+from crossmae.experiments.worth.model_sizes import describe_presets
 
 ARMS_HELP = (
     f"starts to compare, without spaces (default: {', '.join(USUAL_ARMS)}, with --weights also "
@@ -41,6 +42,11 @@ ARMS_HELP = (
 
 SHARES = ",".join(f"{share:g}" for share in DEFAULT_SHARES)
 VAL_HELP = "labels to evaluate on (default: a fifth of LABELS, at least 20 images, but at most half)"
+
+
+def size_help() -> str:
+    """Describe the sizes for the help."""
+    return f"{describe_presets()} (default: demo without a GPU, small with a GPU)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")
     add("--weights", type=Path, metavar="FILE", help="weights to compare with, in any format that the toolkit reads")
     add("--output", type=Path, default=Path("outputs/worth"), help="folder (default: %(default)s)")
-    add("--size", choices=list(PRESETS), help="configs (default: demo without a GPU, small with a GPU)")
+    add("--size", choices=list(PRESETS), help=size_help())
     add("--shares", type=_numbers, metavar="P,P", help=f"percentages of LABELS (default: {SHARES}, as far as possible)")
     add("--seeds", type=_seeds, default=[0, 1, 2], metavar="N,N", help="a pretraining each (default: 0,1,2)")
     add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=ARMS_HELP)

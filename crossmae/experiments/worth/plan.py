@@ -36,6 +36,7 @@ from crossmae.experiments.worth.inputs import (
     count_images,
     prepare_labels,
 )
+from crossmae.experiments.worth.model_sizes import ModelSizes, sizes_of
 from crossmae.files import make_folder
 from crossmae.files.claim import keep_kind
 from crossmae.reports.page import format_seconds
@@ -254,9 +255,12 @@ def describe_plan(question: Question, plan: Plan, jobs: int, gpus: Sequence[int]
     left = sum(seconds[cell.name] for cell in cells if cell.name not in rows)
     wall = left * plan.load if at_once == 1 or gpus else left * max(plan.load, 1.0)
     where = f"on {len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else f"with {at_once} at once on {count_cores()} cores"
+    sizes = sizes_of_question(question)
     lines += [
         f"{question.labels.task}: {budget.fine_tune_steps} steps in every arm and share. Pretraining: "
         f"{budget.pretrain_steps} steps, {budget.pretrain_epochs} epochs of {question.count} images.",
+        f"Pretraining sees crops of {sizes.crop} pixels, and {sizes.fine_tuning}. Encoder: {sizes.encoder}. --size and "
+        "settings change this.",
         f"All runs: {sum(seconds.values()) / 3600:.2f} CPU hours, of which {left / 3600:.2f} are left: about "
         f"{format_seconds(wall / at_once)}, {where}.",
     ]
@@ -326,10 +330,14 @@ def write_answer(
     if others:
         named = shorten(sorted(row.cell for row in others))
         log.warning("runs with other options or another version are not on the page: %s", named)
+    sizes = sizes_of_question(question)
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",
         "Pretraining": f"{question.preset.pretrain}, {budget.pretrain_steps:,} steps",
+        "Images in pretraining": f"crops of {sizes.crop} pixels",
+        "Images in fine-tuning": sizes.fine_tuning,
+        "Encoder": sizes.encoder,
         "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps",
         "Validation": f"{question.labels.val_images:,} images, {question.labels.val.labels}",
     }
@@ -340,8 +348,14 @@ def write_answer(
         settings=shown,
         failed=failed,
         planned=[cell.facts for cell in plan.cells],
-        limits=question.labels.remarks,
+        limits=(*question.labels.remarks, sizes.limit(budget.fine_tune_steps)),
     )
+
+
+def sizes_of_question(question: Question) -> ModelSizes:
+    """Find the sizes of images and encoder in the runs."""
+    task, settings = question.labels.task, (question.pretrain_settings, question.fine_tune_settings)
+    return sizes_of(question.preset, task, *settings)
 
 
 def fine_tune_config(question: Question) -> str:
