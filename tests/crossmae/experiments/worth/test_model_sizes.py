@@ -49,7 +49,8 @@ def test_plan_page_and_help_have_the_sizes(tmp_path: Path) -> None:
     results = question.output / plan.RESULTS
     for name, fingerprints in step_fingerprints(made.cells, results).items():
         facts = next(cell.facts for cell in made.cells if cell.name == name)
-        append_row(results, Row(name, facts, {"top1": 50.0}, {}, fingerprint=fingerprints[-1]))
+        cost = {"cpu_seconds": 9.0, "wall_seconds": 9.0}
+        append_row(results, Row(name, facts, {"top1": 50.0}, cost, fingerprint=fingerprints[-1]))
     plan.write_answer(question, made, {})
     page = (tmp_path / "out" / plan.PAGE).read_text()
     sizes = "width 24, depth 2, patches of 8 x 8 pixels"
