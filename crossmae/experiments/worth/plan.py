@@ -348,6 +348,7 @@ def write_answer(
         settings=shown,
         failed=failed,
         planned=[cell.facts for cell in plan.cells],
+        val_images=question.labels.val_images,
         limits=(*question.labels.remarks, sizes.limit(budget.fine_tune_steps)),
     )
 
