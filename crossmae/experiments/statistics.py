@@ -199,7 +199,10 @@ def points_of_one_image(images: int | None) -> float:
 
 
 def equal_scores(scores: Scores, arms: Collection[str], points: Collection[float]) -> dict[str, list[float]]:
-    """Find arms with the same score in all of several seeds, with the points where this is so."""
+    """List the points at which all seeds have the same score.
+
+    Returns the points by arm. Arms without such points, and points with one seed, are left out.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for arm in arms:
         for point in points:
