@@ -157,6 +157,8 @@ def write_page(
     """
     scored = [row for row in rows if row.facts.get("kind") in SCORED_KINDS]
     grid = [facts for facts in (*planned, *(row.facts for row in scored)) if facts.get("kind") in SCORED_KINDS]
+    if scored and all(row.facts["kind"] == "classify" for row in scored):
+        arms = {arm: words.replace("the detector", "the classifier") for arm, words in arms.items()}
     named = words_of(arms, {str(row.facts["arm"]) for row in scored})
     tables = {metric: scores_of(scored, metric.key, SCORED_KINDS) for metric in METRICS_OF_ROWS}
     tables = {metric: scores for metric, scores in tables.items() if scores}
@@ -389,7 +391,7 @@ def cost_section(
     """Show the costs of all arms, with and without the pretraining."""
     text = (
         "CPU time is the time of all processor cores together. Weights can be used again, for other labels and other "
-        "detectors. Then the pretraining counts once."
+        "models. Then the pretraining counts once."
     )
     if LONGER in arms:
         text += (

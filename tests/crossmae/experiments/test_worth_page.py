@@ -248,6 +248,14 @@ def test_classes_have_accuracies(build: Any) -> None:
     assert len(table_with(report, "mean top-1 accuracy")) == 15
     assert "own pretraining adds" in texts(report)
     assert "points" in texts(report)
+    assert "random weights (as the classifier starts)" in texts(report)
+    assert "detector" not in texts(report)
+
+
+def test_wide_tables_wrap_and_no_number_stands_out_by_its_place(build: Any, tmp_path: Path) -> None:
+    tables = blocks_in(build(sample_rows())[0], Table)
+    assert all(table.wrap for table in tables if len(table.columns) > 4)
+    assert "first-child .value" not in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_unknown_arms_keep_their_name(build: Any) -> None:
