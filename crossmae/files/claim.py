@@ -51,9 +51,7 @@ def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = T
     lock, has_lock = _open_lock(folder / CLAIM_LOCK, key)
     with lock:
         record = _read_record(folder / CLAIM_RECORD)
-        known = record.get("kind")
-        if isinstance(known, str) and known != kind:
-            raise UserError(f"{key}: {folder} is the folder of a {known} run, not of {kind}. Name another folder.")
+        _check_kind(folder, record.get("kind"), kind, key)
         if has_lock is False or _is_alive(folder, record, has_lock=has_lock is True):
             raise UserError(
                 f"{key}: {folder} is in use by {_holder(record)}. Wait for its end or stop it, or name another folder."
@@ -67,6 +65,29 @@ def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = T
             for name in () if keeps_kind else (CLAIM_RECORD, CLAIM_LOCK):
                 with suppress(OSError):
                     (folder / name).unlink()
+
+
+def keep_kind(folder: Path, kind: str, key: str = "output_dir") -> None:
+    """Record the kind of a folder that several processes share.
+
+    The folder is created if necessary. Unlike `claim`, this function keeps no process of the same kind away.
+
+    Args:
+        kind: see `claim`.
+        key: see `claim`.
+
+    Raises UserError if the folder is of another kind.
+    """
+    make_folder(folder, key)
+    known = _read_record(folder / CLAIM_RECORD).get("kind")
+    _check_kind(folder, known, kind, key)
+    if known != kind:
+        write_json(folder / CLAIM_RECORD, {"kind": kind})
+
+
+def _check_kind(folder: Path, known: object, kind: str, key: str) -> None:
+    if isinstance(known, str) and known != kind:
+        raise UserError(f"{key}: {folder} is the folder of a {known} run, not of {kind}. Name another folder.")
 
 
 def _open_lock(path: Path, key: str) -> tuple[IO[bytes], bool | None]:
