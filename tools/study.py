@@ -35,7 +35,7 @@ from crossmae.experiments.study.grid import (
     show_plan,
     study_cells,
 )
-from crossmae.files import make_folder
+from crossmae.files.claim import keep_kind
 
 DOCUMENT = REPOSITORY / "docs" / "results.md"
 OUTPUT = Path("outputs/study")
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from crossmae.experiments.study.page import write_study_page
         from crossmae.experiments.study.results_text import update_document
 
+        keep_kind(REPOSITORY / folder, "study", "--output")
         rows = publish(results, kept)
-        make_folder(REPOSITORY / folder, "--output")
         write_study_page(rows, REPOSITORY / folder / "report.html")
         if kept.resolve() == KEPT_ROWS:
             update_document(DOCUMENT, rows)
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = study_cells(folder, parts, list(first.values()), packages)
         print(show_plan(cells, list(finished_rows(cells, results).values())))
         return
+    keep_kind(REPOSITORY / folder, "study", "--output")
     sources = {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in parts else {}
     link_sources(REPOSITORY / folder, sources)
     if {"detection", GPU15} & set(parts):

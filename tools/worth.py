@@ -5,6 +5,8 @@
     python tools/worth.py IMAGES LABELS --weights FILE            # also from your weights, and continued from them
     python tools/worth.py IMAGES LABELS --shares 20,100 --seeds 0,1,2 --minutes 60
     python tools/worth.py IMAGES LABELS --page                    # the page only, from the results that are there
+    python tools/worth.py IMAGES LABELS --plan --fine-tune-set SOLVER.BASE_LR=2e-4    # a setting of the detector
+    python tools/worth.py IMAGES LABELS --plan --fine-tune-set optim.lr=2e-4          # a setting of the classifier
 
 IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
 them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, for a detector, or a
@@ -29,8 +31,22 @@ from pathlib import Path
 
 from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
-from crossmae.experiments.worth.grid import ARMS, PRESETS
-from crossmae.experiments.worth.inputs import LabelledPart
+from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
+from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
+from crossmae.experiments.worth.model_sizes import describe_presets
+
+ARMS_HELP = (
+    f"starts to compare, without spaces (default: {', '.join(USUAL_ARMS)}, with --weights also "
+    f"{' and '.join(NEEDS_WEIGHTS)}; not by default: {EQUAL_COMPUTE})"
+)
+
+SHARES = ",".join(f"{share:g}" for share in DEFAULT_SHARES)
+VAL_HELP = "labels to evaluate on (default: a fifth of LABELS, at least 20 images, but at most half)"
+
+
+def size_help() -> str:
+    """Describe the sizes for the help."""
+    return f"{describe_presets()} (default: demo without a GPU, small with a GPU)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,18 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, metavar="IMAGES", help="images to pretrain on; labels are not used")
     add("labels", type=Path, metavar="LABELS", help="a COCO json, or a folder per class")
     add("--label-images", type=Path, metavar="DIR", help="images that LABELS names (default: near LABELS, or IMAGES)")
-    add("--val-labels", type=Path, metavar="FILE", help="labels to evaluate on (default: a fifth of LABELS)")
+    add("--val-labels", type=Path, metavar="FILE", help=VAL_HELP)
     add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")
     add("--weights", type=Path, metavar="FILE", help="weights to compare with, in any format that the toolkit reads")
     add("--output", type=Path, default=Path("outputs/worth"), help="folder (default: %(default)s)")
-    add("--size", choices=list(PRESETS), help="configs (default: demo without a GPU, small with a GPU)")
-    add("--shares", type=_numbers, default=[10.0, 30.0, 100.0], metavar="P,P", help="of LABELS (default: 10,30,100)")
+    add("--size", choices=list(PRESETS), help=size_help())
+    add("--shares", type=_numbers, metavar="P,P", help=f"percentages of LABELS (default: {SHARES}, as far as possible)")
     add("--seeds", type=_seeds, default=[0, 1, 2], metavar="N,N", help="a pretraining each (default: 0,1,2)")
-    add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=f"among {', '.join(ARMS)}")
+    add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=ARMS_HELP)
     add("--equal-compute", action="store_true", help="also random weights with as much computation as own in all")
     add("--steps", type=int, metavar="N", help="fine-tuning steps (default: 50 passes over all labels, within limits)")
     add("--pretrain-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of tools/pretrain.py")
-    add("--detect-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the detector or classifier")
+    add("--fine-tune-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the detector or classifier")
     add("--jobs", type=int, metavar="N", help="runs at once on the processor (default: one for two cores)")
     add("--gpus", type=_seeds, metavar="N,N", help="GPUs with a run each (default: all)")
     add("--minutes", type=float, metavar="M", help="start no run that is expected to end later than this")
@@ -67,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
     check_numbers(arguments)
-    for flag, settings in (("--pretrain-set", arguments.pretrain_set), ("--detect-set", arguments.detect_set)):
+    for flag, settings in (("--pretrain-set", arguments.pretrain_set), ("--fine-tune-set", arguments.fine_tune_set)):
         worth.check_settings(flag, settings)
     jobs, gpus = worth.choose_jobs(arguments.gpus, arguments.jobs)
     val = LabelledPart(arguments.val_labels, arguments.val_images) if arguments.val_labels else None
@@ -82,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=arguments.seeds,
         weights=arguments.weights and arguments.weights.absolute(),
         pretrain_settings=arguments.pretrain_set,
-        fine_tune_settings=arguments.detect_set,
+        fine_tune_settings=arguments.fine_tune_set,
     )
     for _, remark in question.labels.remarks:
         print(remark)
@@ -115,7 +131,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.val_images and not arguments.val_labels:
         raise UserError("--val-images: there are no --val-labels that name these images. Add them.")
     for flag in ("shares", "seeds"):
-        values = getattr(arguments, flag)
+        values = getattr(arguments, flag) or ()
         if len(set(values)) < len(values):
             raise UserError(f"--{flag}: a number is there twice. Give different numbers.")
 

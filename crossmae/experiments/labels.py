@@ -23,6 +23,24 @@ KEY = "LABELS"  # argument of the tools that names the labels
 Counts = Mapping[object, int]  # annotations of an image by category
 
 
+class SmallShare(UserError):
+    """A share has too few images for an image of each category.
+
+    Attributes:
+        categories: their number.
+        why: reason in words.
+        advised: smallest share that suffices, in percent.
+    """
+
+    def __init__(self, where: str, share: float, images: int, least: int, categories: int) -> None:
+        self.categories, self.advised = categories, min(math.ceil(1000 * least / max(images, 1)) / 10, 100)
+        self.why = (
+            f"{share:g} % of {images:,} training images are {images_of_share(images, share)}, too few for an image of "
+            f"each of the {categories} categories"
+        )
+        super().__init__(f"{where}: {self.why}. Give --shares of {self.advised:g} % or more.")
+
+
 def images_of_share(images: int, share: float) -> int:
     """Return the number of images in a share (percent) of `images`."""
     return math.floor(images * share / 100 + 0.5)
@@ -45,8 +63,8 @@ def write_coco_subsets(json_path: Path, shares: Sequence[float], seed: int, fold
         The new file of each share.
 
     Raises:
-        UserError: the file has no COCO annotations, or a share is too small to hold an image of every category. The
-            message names the smallest share.
+        SmallShare: a share is too small to hold an image of every category. The message names the smallest share.
+        UserError: the file has no COCO annotations.
     """
     content = _read_coco(json_path)
     ids = [image["id"] for image in content["images"]]
@@ -86,7 +104,8 @@ def list_class_subsets(folder: Path, shares: Sequence[float], seed: int, out: Pa
         The new list of each share.
 
     Raises:
-        UserError: the images have no labels or are not files, or a share is too small to hold an image of every class.
+        SmallShare: a share is too small to hold an image of every class.
+        UserError: the images have no labels or are not files.
     """
     source = open_source(folder, KEY)
     if not isinstance(source, ImageFiles):
@@ -185,10 +204,10 @@ def _check_shares(shares: Sequence[float], categories: Sequence[Any], where: str
     Args:
         categories: set of categories of each image, in order.
 
-    Raises UserError if a share is too small.
+    Raises SmallShare if a share is too small, and UserError if it is no percentage.
     """
     if wrong := [share for share in shares if not 0 < share <= 100]:
-        raise UserError(f"shares: {wrong[0]:g} is not a percentage of the images. Give numbers above 0, up to 100.")
+        raise UserError(f"--shares: {wrong[0]:g} is not a percentage of the images. Give numbers above 0, up to 100.")
     images, seen = len(categories), set[object]()
     smallest = 1
     for number, own in enumerate(categories, start=1):
@@ -197,11 +216,7 @@ def _check_shares(shares: Sequence[float], categories: Sequence[Any], where: str
             smallest = number
     sizes = {share: images_of_share(images, share) for share in shares}
     if short := [share for share, size in sizes.items() if size < smallest]:
-        least = min(math.ceil(1000 * smallest / max(images, 1)) / 10, 100)
-        raise UserError(
-            f"{where}: {min(short):g} % of {images:,} images are {sizes[min(short)]}, too few for an image of each of "
-            f"the {len(seen)} categories. Give shares of {least:g} % or more."
-        )
+        raise SmallShare(where, min(short), images, smallest, len(seen))
     return sizes
 
 

@@ -22,6 +22,8 @@ from crossmae.files.claim import locked
 
 log = logging.getLogger(__name__)
 
+SCORED_KINDS = ("detect", "classify")  # cells that end with a score
+
 
 @dataclass(frozen=True)
 class Row:

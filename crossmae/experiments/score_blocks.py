@@ -50,8 +50,18 @@ def score_curve(
         title=f"{name} over labelled images",
         x_label="labelled images (logarithmic)",
         y_label=f"{metric.name} in %",
-        caption=f"{name} on the validation images. Large marks are means over seeds, vertical lines their "
-        f"95{page.PERCENT} intervals, small dots single runs. Curves are a little apart, to show all lines.",
+        caption=f"{name} on the validation images. {_describe_marks(curves, 'runs')} Curves are a little apart, "
+        "to show all lines.",
+    )
+
+
+def _describe_marks(curves: Mapping[str, MeanCurve], runs: str) -> str:
+    """Explain the marks of curves, by whether a mean has an interval."""
+    if not any(interval for curve in curves.values() for interval in curve.intervals):
+        several = any(len(curve.values) > len(curve.means) for curve in curves.values())
+        return f"Marks are {'means over' if several else 'single'} {runs}. There are no intervals."
+    return (
+        f"Large marks are means over seeds, vertical lines their 95{page.PERCENT} intervals, small dots single {runs}."
     )
 
 
@@ -86,7 +96,8 @@ def score_table(
         *(f"seed {one}" for one in seeds),
     ]
     name = metric.name[0].upper() + metric.name[1:]
-    return Table(columns, rows, f"{name} in percent: mean over seeds with Student's interval, and each run.")
+    caption = f"{name} in percent: mean over seeds with Student's interval, and each run."
+    return Table(columns, rows, caption, wrap=True)
 
 
 def difference_table(
@@ -135,8 +146,8 @@ def difference_curve(
         title=f"Differences of {metric.name}",
         x_label="labelled images (logarithmic)",
         y_label=f"difference in {metric.unit}",
-        caption="Above 0, the first of the two is better. A difference is shown where a vertical line does not cross "
-        "0. Small dots are pairs of runs with the same seed.",
+        caption="Above 0, the first of the two is better. A difference is shown only where a vertical line does not "
+        f"cross 0. {_describe_marks(curves, 'pairs of runs with the same seed')}",
         zero=True,
     )
 
@@ -203,7 +214,7 @@ def cost_table(
         caption += " What it cost to make the given weights is not known."
     if "energy" in measured:
         caption += " Energy is what processors and GPUs used during the run, other programs included."
-    return Table(columns, table, caption)
+    return Table(columns, table, caption, wrap=True)
 
 
 def _amount(key: str, value: float) -> str:
@@ -225,4 +236,4 @@ def run_table(rows: Sequence[Row], metrics: Sequence[Metric]) -> Table:
         ]
         table.append([row.cell, *numbers, *costs, row.finished.replace("T", " ")[:16]])
     columns = ["run", *(names[key] for key in keys), "CPU time", "peak memory", "finished (UTC)"]
-    return Table(columns, table, "APs and accuracies are in percent.")
+    return Table(columns, table, "APs and accuracies are in percent.", wrap=True)

@@ -139,12 +139,13 @@ def differences_of(
     }
 
 
-def describe_difference(difference: Difference, subject: str, unit: str) -> str:
+def describe_difference(difference: Difference, subject: str, unit: str, images: int | None = None) -> str:
     """Say what a difference shows, as the end of a sentence.
 
     Args:
         subject: the arm, such as "own pretraining".
         unit: unit of the difference, such as "AP".
+        images: validation images. None: unknown.
     """
     mean, claim = difference.mean, difference.claim
     if mean is None:
@@ -160,20 +161,55 @@ def describe_difference(difference: Difference, subject: str, unit: str) -> str:
     if claim == "loss":
         bounds = f"{one_decimal(-high)} to {one_decimal(-low)}"
         return f"{subject} loses {one_decimal(-mean.mean)} {unit} ({bounds}, {seeds})"
+    scope = describe_scope(mean.runs, images)
     return (
-        f"no difference is shown ({one_decimal(low)} to {one_decimal(high)}, {seeds}). These runs exclude a gain above "
-        f"{one_decimal(high)} {unit} and a loss above {one_decimal(-low)} {unit}"
+        f"no difference is shown ({one_decimal(low)} to {one_decimal(high)}, {seeds}). {scope[0].upper()}{scope[1:]}, "
+        f"the interval excludes a gain above {one_decimal(high)} {unit} and a loss above {one_decimal(-low)} {unit}"
     )
 
 
-def describe_differences(differences: Mapping[str, Difference], subject: str, unit: str) -> list[str]:
+def describe_differences(
+    differences: Mapping[str, Difference], subject: str, unit: str, images: int | None = None
+) -> list[str]:
     """Say what the differences at several points show, one text for each.
 
     Args:
         differences: by place, such as "at 40 labelled images".
+        images: validation images. None: unknown.
     """
-    sentences = [f"{place}, {describe_difference(one, subject, unit)}." for place, one in differences.items()]
+    sentences = [f"{place}, {describe_difference(one, subject, unit, images)}." for place, one in differences.items()]
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+def describe_scope(seeds: int, images: int | None) -> str:
+    """Say for which seeds and validation images an interval holds.
+
+    Args:
+        images: validation images. None: unknown.
+    """
+    own = "one seed" if seeds == 1 else f"these {seeds} seeds"
+    if images == 1:
+        return f"over {own}, on this one validation image"
+    return f"over {own}, on these {'' if images is None else f'{images:,} '}validation images"
+
+
+def points_of_one_image(images: int | None) -> float:
+    """Return by how many points one image changes an accuracy. 0: unknown."""
+    return 100 / images if images else 0.0
+
+
+def equal_scores(scores: Scores, arms: Collection[str], points: Collection[float]) -> dict[str, list[float]]:
+    """List the points at which all seeds have the same score.
+
+    Returns the points by arm. Arms without such points, and points with one seed, are left out.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for arm in arms:
+        for point in points:
+            values = list(scores.get((arm, point), {}).values())
+            if len(values) > 1 and math.isclose(min(values), max(values), abs_tol=1e-9):
+                found[arm].append(point)
+    return found
 
 
 def describe_width(seeds: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae.errors import counted, printable
-from crossmae.experiments.rows import Row
+from crossmae.experiments.rows import SCORED_KINDS, Row
 from crossmae.experiments.score_blocks import (
     bounds,
     cost_table,
@@ -26,10 +26,13 @@ from crossmae.experiments.statistics import (
     Scores,
     describe_comparisons,
     describe_differences,
+    describe_scope,
     describe_width,
     differences_of,
+    equal_scores,
     missing_runs,
     one_decimal,
+    points_of_one_image,
     scores_of,
 )
 from crossmae.reports import page
@@ -38,7 +41,6 @@ from crossmae.training.versions import versions
 
 CellFacts = Mapping[str, str | int | float | None]  # of a cell
 
-SCORED_KINDS = ("detect", "classify")  # cells that end with a score
 ARM_WORDS = {
     "own": "CrossMAE on your images",
     "continued": "your weights, continued",
@@ -65,6 +67,8 @@ PAIRS = (  # arm and control, the most important first
     ("continued", "random_detector_init"),
 )
 USEFUL_SCORE = 1.0  # percent
+ACCURACY = "top1"
+COARSE_SCORE = 1.0  # points by which one validation image changes an accuracy
 NOTHING_YET = "There is no answer yet: no two arms have finished runs."
 # Start of a sentence about places, by claim.
 SUMMARIES: Mapping[Claim, str] = {
@@ -77,24 +81,10 @@ SUMMARIES: Mapping[Claim, str] = {
 }
 UNANSWERED = (
     (
-        "Other validation images",
-        "The intervals cover what the seeds change: the order of the images, the random numbers, and the choice of the "
-        "labelled images below 100 %. They do not cover the choice of the validation images, which are the same in all "
-        "runs.",
-    ),
-    (
         "Other budgets and settings",
         "Where the page says nothing else, all runs have the same model, number of steps and highest learning rate. An "
         "arm may gain from more steps or from another learning rate, and random weights usually need more steps than "
         "pretrained weights.",
-    ),
-    (
-        "A difference that is not shown",
-        "It may still be there. The interval says how large it can be.",
-    ),
-    (
-        "Few seeds",
-        "Student's interval assumes that runs are spread like a normal distribution. Two or three runs cannot test it.",
     ),
     (
         "Learning rates",
@@ -103,6 +93,30 @@ UNANSWERED = (
         "these rates: the arm random_same_rates, random weights with the rates of pretrained ones, shows how much. No "
         "other rates were tried.",
     ),
+)
+OF_INTERVALS = (
+    (
+        "Other validation images",
+        "The intervals cover what the seeds change: the order of the images, the random numbers, and the choice of the "
+        "labelled images below 100 %. They do not cover the choice of the validation images, which are the same in all "
+        "runs.",
+    ),
+    (
+        "A difference that is not shown",
+        "It may still be there. The interval says how large it can be, over these seeds and validation images.",
+    ),
+)
+WITHOUT_INTERVALS = (
+    (
+        "Other seeds and validation images",
+        "No comparison has an interval, so nothing on this page says how much other seeds would change. The validation "
+        "images are the same in all runs.",
+    ),
+    ("A difference that is not shown", "It may still be there, and be large."),
+)
+FEW_SEEDS = (
+    "Few seeds",
+    "Student's interval assumes that runs are spread like a normal distribution. Two or three runs cannot test it.",
 )
 NO_EQUAL_COMPUTE = (
     "Equal total compute",
@@ -121,6 +135,7 @@ def write_page(
     failed: Mapping[str, str] | None = None,
     planned: Sequence[CellFacts] = (),
     limits: Sequence[tuple[str, str]] = (),
+    val_images: int | None = None,
 ) -> str:
     """Write the page of a grid of runs.
 
@@ -135,12 +150,15 @@ def write_page(
         failed: reasons by cell that failed.
         planned: facts of all cells of the grid, as in the rows.
         limits: headings and texts that limit what these runs show, in addition to the limits of all grids.
+        val_images: validation images. None: unknown.
 
     Returns:
         The answer in words, one paragraph, for the terminal.
     """
     scored = [row for row in rows if row.facts.get("kind") in SCORED_KINDS]
     grid = [facts for facts in (*planned, *(row.facts for row in scored)) if facts.get("kind") in SCORED_KINDS]
+    if scored and all(row.facts["kind"] == "classify" for row in scored):
+        arms = {arm: words.replace("the detector", "the classifier") for arm, words in arms.items()}
     named = words_of(arms, {str(row.facts["arm"]) for row in scored})
     tables = {metric: scores_of(scored, metric.key, SCORED_KINDS) for metric in METRICS_OF_ROWS}
     tables = {metric: scores for metric, scores in tables.items() if scores}
@@ -151,13 +169,20 @@ def write_page(
     answer, lead, facts, sections = NOTHING_YET, "", list[Fact](), list[Section]()
     if compared and pairs:
         metric, differences = next(iter(compared.items()))
-        answer, lead = answer_of(differences[pairs[0]], places, pairs[0], named), lead_of(pairs[0], named, metric)
+        answer = answer_of(differences[pairs[0]], places, pairs[0], named)
+        if any(one.has_interval for one in differences[pairs[0]].values()):
+            answer += f" {scope_of(metric, len(seeds), val_images)}"
+        lead = lead_of(pairs[0], named, metric)
         facts = [difference_fact(differences[pairs[0]][share], metric, places[share]) for share in places]
         best = max(value for values in tables[metric].values() for value in values.values())
-        sections += [verdict_section(compared, places, named, len(seeds), best)]
+        warnings = warnings_of(metric, tables[metric], named, places, best, val_images)
+        sections += [verdict_section(compared, places, named, len(seeds), val_images, warnings)]
     if tables:
         sections += score_sections(tables, compared, named, places, seeds)
-        sections += [cost_section(rows, tables, named, places), limit_section(named, len(seeds), limits)]
+        sections += [
+            cost_section(rows, tables, named, places),
+            limit_section(named, len(seeds), limits, count_intervals(compared) > 0),
+        ]
     wanted = words_of(arms, {str(facts["arm"]) for facts in grid})
     sections += [missing_section(tables, wanted, places, seeds, failed or {})]
     sections += [run_section(rows, list(tables))] if rows else []
@@ -247,35 +272,83 @@ def verdict_section(
     places: Mapping[float, int],
     arms: Mapping[str, str],
     seeds: int,
-    best: float,
+    val_images: int | None,
+    warnings: Sequence[tuple[str, str]],
 ) -> Section:
     """State what the differences of the first metric show.
 
     Args:
-        best: highest score of all runs. If it is near 0, the section warns.
+        val_images: validation images. None: unknown.
+        warnings: headings and texts of what makes the verdict doubtful.
     """
     metric, differences = next(iter(compared.items()))
     verdicts = []
     for (arm, control), own in differences.items():
         by_place = {f"at {labelled:,} labelled images": own[share] for share, labelled in places.items()}
-        texts = describe_differences(by_place, subject_of(arm, arms), metric.unit)
+        texts = describe_differences(by_place, subject_of(arm, arms), metric.unit, val_images)
         heading = f"{_capital(plain(arms[arm]))}, compared with {plain(arms[control])}"
         verdicts.append([(heading if number == 0 else "", text) for number, text in enumerate(texts)])
-    count = sum(one.has_interval for found in compared.values() for own in found.values() for one in own.values())
+    count = count_intervals(compared)
     blocks = [Words(verdicts[0], large=True)]
     blocks += [Words([paragraph for own in verdicts[1:] for paragraph in own])] if verdicts[1:] else []
     notes = [("How sure this is", f"{describe_width(seeds)} {describe_comparisons(count)}")]
+    blocks += [Words([*warnings, *notes])]
+    text = (
+        f"Differences of {metric.name} between runs with the same seed, at equal fine-tuning, "
+        f"{describe_scope(seeds, val_images)}."
+    )
+    if count:
+        text += f" In brackets: the 95{page.PERCENT} interval of the mean over seeds."
+    return Section("Verdict", text, blocks)
+
+
+def count_intervals(compared: Mapping[Metric, Differences]) -> int:
+    """Count the differences with an interval."""
+    return sum(one.has_interval for found in compared.values() for own in found.values() for one in own.values())
+
+
+def scope_of(metric: Metric, seeds: int, val_images: int | None) -> str:
+    """Say for which seeds and validation images the answer holds."""
+    scope, points = describe_scope(seeds, val_images), points_of_one_image(val_images)
+    if metric.key == ACCURACY and points > COARSE_SCORE:
+        scope += f", of which each one changes the score by {one_decimal(points)} points"
+    return f"This holds {scope}."
+
+
+def warnings_of(
+    metric: Metric,
+    scores: Scores,
+    arms: Mapping[str, str],
+    places: Mapping[float, int],
+    best: float,
+    val_images: int | None,
+) -> list[tuple[str, str]]:
+    """Warn of what makes intervals say little, as headings and texts.
+
+    Args:
+        best: highest score of all runs.
+        val_images: validation images. None: unknown.
+    """
+    found, points = list[tuple[str, str]](), points_of_one_image(val_images)
+    if points > COARSE_SCORE:
+        change = f", and each one changes the score by {one_decimal(points)} points" if metric.key == ACCURACY else ""
+        text = (
+            f"There are only {counted(val_images or 0, 'validation image')}{change}. All seeds have the same "
+            "ones, so nothing here says how much others would change. Name more validation images with --val-labels."
+        )
+        found.append(("Few validation images", text))
+    for arm, same in equal_scores(scores, arms, places).items():
+        where = " and ".join(f"{places[share]:,}" for share in same)
+        text = (
+            f"All seeds of {plain(arms[arm])} have the same score at {where} labelled images. Then the interval of a "
+            "difference says little: scores are too coarse, or seeds change too little, to show how far runs vary."
+        )
+        found.append(("The same score in all seeds", text))
     if best < USEFUL_SCORE:
         trouble = f"The highest {metric.name} of all runs is {one_decimal(best)}{page.PERCENT}"
-        notes.append(
-            ("Too short a training", f"{trouble}. Models that have learned nothing cannot differ: train longer.")
-        )
-    blocks += [Words(notes)]
-    text = (
-        f"Differences of {metric.name} between runs with the same seed, at equal fine-tuning. In brackets: the "
-        f"95{page.PERCENT} interval of the mean over seeds."
-    )
-    return Section("Verdict", text, blocks)
+        text = f"{trouble}. Models that have learned nothing cannot differ: train longer."
+        found.append(("Too short a training", text))
+    return found
 
 
 def subject_of(arm: str, arms: Mapping[str, str]) -> str:
@@ -305,10 +378,9 @@ def score_sections(
             plots.append(difference_curve(drawn, places, metric))
         if named:
             lists.append(difference_table(named, headings, metric))
-    text = (
-        "Runs with the same seed share their labelled images and random numbers, so they are good or bad together. "
-        "That is why a difference can be clear although the intervals of the two curves overlap."
-    )
+    text = "Runs with the same seed share their labelled images and random numbers, so they are good or bad together."
+    if count_intervals(compared):
+        text += " That is why a difference can be clear although the intervals of the two curves overlap."
     differences = [Section("Differences", text, [*plots, *lists])] if lists else []
     return [Section("Curves", "", curves), *differences, Section("Scores", "", scores)]
 
@@ -319,7 +391,7 @@ def cost_section(
     """Show the costs of all arms, with and without the pretraining."""
     text = (
         "CPU time is the time of all processor cores together. Weights can be used again, for other labels and other "
-        "detectors. Then the pretraining counts once."
+        "models. Then the pretraining counts once."
     )
     if LONGER in arms:
         text += (
@@ -353,9 +425,10 @@ def missing_section(
     return Section("Missing runs", text, blocks)
 
 
-def limit_section(arms: Mapping[str, str], seeds: int, own: Sequence[tuple[str, str]] = ()) -> Section:
+def limit_section(arms: Mapping[str, str], seeds: int, own: Sequence[tuple[str, str]], has_intervals: bool) -> Section:
     """State the questions that the page does not answer."""
-    limits = [*own, *(limit for limit in UNANSWERED if seeds <= 3 or limit[0] != "Few seeds")]
+    limits = [*own, *(OF_INTERVALS if has_intervals else WITHOUT_INTERVALS), *UNANSWERED]
+    limits += [FEW_SEEDS] if has_intervals and seeds <= 3 else []
     return Section("What this page cannot tell", "", [Words(limits if LONGER in arms else [*limits, NO_EQUAL_COMPUTE])])
 
 

@@ -51,7 +51,7 @@ def claim(folder: Path, kind: str, key: str = "output_dir", keeps_kind: bool = T
     lock, has_lock = _open_lock(folder / CLAIM_LOCK, key)
     with lock:
         record = _read_record(folder / CLAIM_RECORD)
-        _check_kind(folder, record, kind, key)
+        _check_kind(folder, record.get("kind"), kind, key)
         if has_lock is False or _is_alive(folder, record, has_lock=has_lock is True):
             raise _in_use(folder, record, key)
         if "process" in record:
@@ -70,7 +70,7 @@ def check_folder(folder: Path, kind: str, key: str = "output_dir") -> None:
 
     Raises UserError as `claim` does. Writes and logs nothing.
     """
-    _check_kind(folder, _peek_record(folder), kind, key)
+    _check_kind(folder, _peek_record(folder).get("kind"), kind, key)
 
 
 def check_unused(folder: Path, key: str = "output_dir") -> None:
@@ -104,8 +104,25 @@ def _peek_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_kind(folder: Path, record: dict[str, Any], kind: str, key: str) -> None:
-    known = record.get("kind")
+def keep_kind(folder: Path, kind: str, key: str = "output_dir") -> None:
+    """Record the kind of a folder that several processes share.
+
+    The folder is created if necessary. Unlike `claim`, this function keeps no process of the same kind away.
+
+    Args:
+        kind: see `claim`.
+        key: see `claim`.
+
+    Raises UserError if the folder is of another kind.
+    """
+    make_folder(folder, key)
+    known = _read_record(folder / CLAIM_RECORD).get("kind")
+    _check_kind(folder, known, kind, key)
+    if known != kind:
+        write_json(folder / CLAIM_RECORD, {"kind": kind})
+
+
+def _check_kind(folder: Path, known: object, kind: str, key: str) -> None:
     if isinstance(known, str) and known != kind:
         raise UserError(f"{key}: {folder} is the folder of a {known} run, not of {kind}. Name another folder.")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,7 @@ _CSS_COLORS |= {_TEXT: "var(--muted)", _GRID: "var(--line)"}
 _SIZE_INCHES = (4.6, 2.9)  # small, so that labels stay readable on a phone
 _MARKERS = "osD^vP"  # by curve, for readers who see few colours
 _SIDESTEP = 0.045  # shift of curves to each other, as a share of the range of x, so that intervals do not overlap
+_LEGEND_CHARACTERS = 64  # of a line of the legend; more do not fit into the width of a figure
 _TICK_DISTANCE = 0.09  # smallest distance of two labels of the x axis, as a share of the range
 _STYLE: Any = {
     "svg.fonttype": "none",  # keep text selectable and in the font of the page
@@ -100,7 +103,8 @@ def mean_plot(
 ) -> Plot:
     """Draw means with intervals and single values over a logarithmic x axis.
 
-    Curves are a little apart, so that intervals do not cover each other. The x axis has a label for each x.
+    Curves are a little apart, so that intervals do not cover each other. The x axis has a label for each x. The single
+    value of a mean of one has no dot of its own. Long labels have several lines.
 
     Args:
         curves: by label; at most twice `MOST_CURVES`; x is positive.
@@ -112,12 +116,14 @@ def mean_plot(
 
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):  # the SVG is reproducible
-        figure = Figure(figsize=(5.6, 3.4 + 0.19 * len(curves)), layout="constrained")
+        named = {fill(label, _LEGEND_CHARACTERS): curve for label, curve in curves.items()}
+        lines = sum(label.count("\n") + 1 for label in named)
+        figure = Figure(figsize=(5.6, 3.4 + 0.19 * lines), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xlabel=x_label, ylabel=y_label)
         if zero:
             axes.axhline(0, color=_TEXT, linewidth=1.2)
-        _draw_means(axes, curves)
+        _draw_means(axes, named)
         figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, handlelength=3)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Plot(_themed_svg(buffer.getvalue(), title), title, caption)
@@ -145,8 +151,9 @@ def _draw_means(axes: Axes, curves: Mapping[str, MeanCurve]) -> None:
         for x, interval in zip(curve.x, curve.intervals, strict=True):
             if interval is not None:
                 axes.plot([x * shift] * 2, interval, color=color, linewidth=1.1)
-        if curve.values:
-            x_values, values = zip(*curve.values, strict=True)
+        runs = Counter(x for x, _ in curve.values)
+        if several := [(x, value) for x, value in curve.values if runs[x] > 1]:  # a single one is the mean
+            x_values, values = zip(*several, strict=True)
             aside = float(np.exp(width * _SIDESTEP / 3))  # next to the line of the interval
             axes.plot(np.multiply(x_values, shift * aside), values, ".", color=color, markersize=4, alpha=0.8)
     edge = float(np.exp(width * (_SIDESTEP * len(curves) / 2 + 0.03 if len(places) > 1 else 0.5)))

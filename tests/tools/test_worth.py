@@ -8,9 +8,10 @@ import pytest
 
 from crossmae.experiments.rows import read_rows
 from crossmae.experiments.worth import plan
+from crossmae.files.claim import claim
 from tests.crossmae.experiments.worth.test_inputs import write_labels
 from tests.tools.command_line import exit_code
-from tools.worth import main
+from tools.worth import build_parser, main
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _nothing_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--shares", "0,50"], "shares: 0 is not a percentage"),
+        (["--shares", "0,50"], "--shares: 0 is not a percentage"),
         (["--shares", "50,50"], "--shares: a number is there twice"),
         (["--seeds", "1,1"], "--seeds: a number is there twice"),
         (["--seeds=-1,0"], "--seeds: -1 to 0. Give numbers from 0"),
@@ -39,7 +40,7 @@ def _nothing_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--pretrain-set", "schedule.epoch=3"], "schedule.epoch"),
         (["--pretrain-set", "runtime.seed=3"], "is decided by the plan. Use --seeds"),
-        (["--detect-set", "SEED"], "SEED is no setting"),
+        (["--fine-tune-set", "SEED"], "SEED is no setting"),
         (["--pretrain-set", "optim.batch_size=41"], "40 images do not fill a step of 41"),
         (["--gpus", "99"], "there is no GPU 99"),
         (["--label-images", "nowhere"], "40 of 40 images are not in"),
@@ -50,6 +51,23 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], words
     given = [str(tmp_path / "train"), str(labels.labels), "--output", str(tmp_path / "out"), *words]
     assert exit_code(main, *given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_kind_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    labels, lap = write_labels(tmp_path), tmp_path / "lap"
+    with claim(lap, "pretraining"):
+        pass
+    before = sorted(lap.iterdir())
+    for words in ([], ["--plan"], ["--page"]):
+        assert exit_code(main, str(tmp_path / "train"), str(labels.labels), "--output", str(lap), *words) == 2
+        assert f"--output: {lap} is the folder of a pretraining run, not of comparison" in capsys.readouterr().err
+        assert sorted(lap.iterdir()) == before
+
+
+def test_help_has_the_default_arms_and_an_example_of_settings():
+    text = build_parser().format_help()
+    assert ",".join(plan.choose_arms(None, False, False)) in "".join(text.split())
+    assert "--plan --fine-tune-set " in text
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ ARMS = (
 )
 NEEDS_WEIGHTS = ("weights", "continued")
 EQUAL_COMPUTE, SAME_RATES = "random_equal_compute", "random_same_rates"
+USUAL_ARMS = tuple(arm for arm in ARMS if arm not in (EQUAL_COMPUTE, *NEEDS_WEIGHTS))
 MINOR_CONTROLS = (SAME_RATES, "random_detector_init")
 PRETRAINED = {"own": "pretrain-own", "continued": "pretrain-continued"}
 APS_OF_RESULTS = (
@@ -176,8 +177,8 @@ def class_step(question: Question) -> int:
     images = given.get("optim.batch_size", class_batch(question)) * given.get("optim.accumulate", 1)
     if images > smallest:
         raise UserError(
-            f"--detect-set: a step has {images} images, but the smallest share only {smallest}. Lower optim.batch_size "
-            "or optim.accumulate, or give larger --shares."
+            f"--fine-tune-set: a step has {images} images, but the smallest share only {smallest}. Lower "
+            "optim.batch_size or optim.accumulate, or give larger --shares."
         )
     return max(images, 1)
 

@@ -8,23 +8,26 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, named_by, shorten
-from crossmae.experiments.labels import list_class_subsets, write_coco_subsets
+from crossmae.experiments.labels import SmallShare, list_class_subsets, write_coco_subsets
 from crossmae.files import make_folder, read_json, sha256, write_json, write_text
 
 log = logging.getLogger(__name__)
 
+DEFAULT_SHARES = (10.0, 30.0, 100.0)  # of the labelled images, in percent
 HELD_OUT_SHARE = 0.2
-FEWEST_HELD_OUT = 20
+FEWEST_HELD_OUT = 20  # unless this is more than half
 FEWEST_LEFT = 2  # labelled images for training, after held-out images were taken away
 SPLIT_SEED = 0
+NAME_OTHERS = "name validation labels with --val-labels"
 
 Task = Literal["detect", "classify"]
 
@@ -68,7 +71,7 @@ def prepare_labels(
     labels: LabelledPart,
     val: LabelledPart | None,
     unlabelled: Path,
-    shares: Sequence[float],
+    shares: Sequence[float] | None,
     seeds: Sequence[int],
     folder: Path,
 ) -> Labels:
@@ -76,8 +79,9 @@ def prepare_labels(
 
     Args:
         labels: as given by the user. Folders of images may be unknown.
-        val: labels to evaluate on. None: a fifth of the labelled images, at least 20.
+        val: labels to evaluate on. None: a fifth of the labelled images, at least 20, but at most half.
         unlabelled: images of pretraining. Their folder may have the labelled images, too.
+        shares: percentages. None: `DEFAULT_SHARES` without those that have no image of some class.
         folder: folder for subsets. Its names depend on the content of the labels.
 
     Raises:
@@ -98,11 +102,11 @@ def _prepare_coco(
     labels: LabelledPart,
     val: LabelledPart | None,
     unlabelled: Path,
-    shares: Sequence[float],
+    shares: Sequence[float] | None,
     seeds: Sequence[int],
     folder: Path,
 ) -> Labels:
-    content = _read_annotations(labels.labels, "LABELS")
+    content = annotated = _read_annotations(labels.labels, "LABELS")
     images = labels.images or _find_images(labels.labels, content, unlabelled, "--label-images")
     _check_images(content, images, "LABELS")
     folder = folder / _digest(labels.labels.read_bytes())
@@ -112,7 +116,7 @@ def _prepare_coco(
         train_json, val_json = _split_coco(labels.labels, content, folder)
         content, held_out = read_json(train_json), read_json(val_json)
         val_part = LabelledPart(val_json, images)
-        remarks.append(held_out_remark(len(held_out["images"])))
+        remarks.append(held_out_remark(len(held_out["images"]), len(annotated["images"])))
     else:
         train_json, held_out = labels.labels, _read_annotations(val.labels, "--val-labels")
         val_images = val.images or _find_images(val.labels, held_out, unlabelled, "--val-images")
@@ -120,18 +124,51 @@ def _prepare_coco(
         _check_overlap(_paths(content, images), _paths(held_out, val_images))
         val_part = LabelledPart(val.labels, val_images)
     remarks += _remark_seen(unlabelled, _paths(held_out, val_part.images or images))
-    train = {
-        (seed, share): LabelledPart(path, images)
-        for seed in seeds
-        for share, path in write_coco_subsets(train_json, shares, seed, folder).items()
-    }
-    counts = {share: len(read_json(train[seeds[0], share].labels)["images"]) for share in shares}
+    write = partial(write_coco_subsets, train_json, folder=folder)
+    held = "" if val else _describe_held_out(len(held_out["images"]), len(annotated["images"]))
+    subsets, dropped = _write_subsets(write, labels.labels, shares, seeds, held)
+    remarks += dropped
+    train = {key: LabelledPart(path, images) for key, path in subsets.items()}
+    counts = {share: len(read_json(part.labels)["images"]) for (seed, share), part in train.items() if seed == seeds[0]}
     annotations = [*content["annotations"], *held_out["annotations"]]
     has_masks = all(annotation.get("segmentation") for annotation in annotations)
     if not has_masks:
         remarks.append(("Masks", "Some annotations have no mask, so the detector learns and measures boxes only."))
     sizes = (len(content["images"]), len(held_out["images"]))
     return Labels("detect", train, val_part, counts, *sizes, has_masks, tuple(remarks))
+
+
+def _write_subsets(
+    write: Callable[..., Mapping[float, Path]],
+    labels: Path,
+    shares: Sequence[float] | None,
+    seeds: Sequence[int],
+    held_out: str,
+) -> tuple[dict[tuple[int, float], Path], list[tuple[str, str]]]:
+    """Write the subsets, and remark on usual shares that are too small.
+
+    Args:
+        write: writes subsets, given `shares` and `seed`.
+        labels: as given by the user.
+        held_out: the numbers of `_describe_held_out`, "" if no labelled image is held out.
+
+    Raises UserError if a share of the user, or every share, is too small.
+    """
+    chosen, dropped = tuple(shares or DEFAULT_SHARES), list[tuple[str, str]]()
+    while True:
+        try:
+            written = {(seed, share): path for seed in seeds for share, path in write(shares=chosen, seed=seed).items()}
+        except SmallShare as error:
+            fitting = tuple(share for share in chosen if share >= error.advised)
+            if shares or not fitting:
+                held, advice = (f"{held_out}, and ", f", or {NAME_OTHERS}") if held_out else ("", "")
+                raise UserError(
+                    f"LABELS: {labels}: {held}{error.why}. Give --shares of {error.advised:g} % or more{advice}."
+                ) from None
+            chosen, left_out = fitting, " and ".join(f"{share:g} %" for share in chosen if share not in fitting)
+            dropped.append(("Shares left out", f"{left_out} of the labels are left out: {error.why}."))
+        else:
+            return written, dropped
 
 
 def _read_annotations(path: Path, key: str) -> dict[str, Any]:
@@ -181,12 +218,16 @@ def _check_overlap(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-def held_out_remark(count: int) -> tuple[str, str]:
+def _describe_held_out(count: int, total: int) -> str:
+    return f"{count} of {total} labelled images are held out for validation"
+
+
+def held_out_remark(count: int, total: int) -> tuple[str, str]:
     """Remark that validation images were taken from the labelled images."""
     return (
         "Validation images of your choice",
-        f"No validation labels were given, so {count} of the labelled images are held out. If several images show the "
-        "same object or place, the scores are too good: name other images with --val-labels.",
+        f"No validation labels were given, so {count} of the {total} labelled images are held out. If several images "
+        "show the same object or place, the scores are too good: name other images with --val-labels.",
     )
 
 
@@ -206,9 +247,7 @@ def _remark_seen(unlabelled: Path, val: Sequence[str]) -> list[tuple[str, str]]:
 def _split_coco(path: Path, content: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write the labels of training and of held-out images."""
     total = len(content["images"])
-    held_out = _count_held_out(total, "LABELS")
-    share = 100 * (total - held_out) / total
-    part = next(iter(write_coco_subsets(path, [share], SPLIT_SEED, folder).values()))
+    part = _draw_training(partial(write_coco_subsets, path, folder=folder), path, total)
     train = read_json(part)
     part.unlink()
     kept = {image["id"] for image in train["images"]}
@@ -223,40 +262,54 @@ def _split_coco(path: Path, content: dict[str, Any], folder: Path) -> tuple[Path
     return folder / "train.json", folder / "val.json"
 
 
-def _count_held_out(total: int, key: str) -> int:
-    held_out = max(round(HELD_OUT_SHARE * total), FEWEST_HELD_OUT)
-    if total - held_out < FEWEST_LEFT:
+def _draw_training(write: Callable[..., Mapping[float, Path]], labels: Path, total: int) -> Path:
+    """Write the labelled images that are not held out.
+
+    Args:
+        write: writes subsets, given `shares` and `seed`.
+        total: number of labelled images.
+
+    Raises UserError if too few are left.
+    """
+    held_out = max(round(HELD_OUT_SHARE * total), min(FEWEST_HELD_OUT, total // 2))
+    left = total - held_out
+    if left < FEWEST_LEFT:
         raise UserError(
-            f"{key}: {total} labelled images are too few to hold out {held_out} of them. Label at least "
-            f"{FEWEST_HELD_OUT + FEWEST_LEFT} images, or name validation labels with --val-labels."
+            f"LABELS: {labels}: {total} labelled images are too few to hold some out. Label at least {FEWEST_LEFT + 1} "
+            f"images, or {NAME_OTHERS}."
         )
-    return held_out
+    try:
+        return next(iter(write(shares=[100 * left / total], seed=SPLIT_SEED).values()))
+    except SmallShare as error:
+        raise UserError(
+            f"LABELS: {labels}: {_describe_held_out(held_out, total)}, and the other {left} are too few for an image "
+            f"of each of the {error.categories} categories. Label more images, or {NAME_OTHERS}."
+        ) from None
 
 
 def _prepare_classes(
-    labels: Path, val: Path | None, unlabelled: Path, shares: Sequence[float], seeds: Sequence[int], folder: Path
+    labels: Path, val: Path | None, unlabelled: Path, shares: Sequence[float] | None, seeds: Sequence[int], folder: Path
 ) -> Labels:
     source = _open_classes(labels, "LABELS")
     names = [source.name(index) for index in range(len(source))]
     folder = folder / _digest(json.dumps([names, source.labels().tolist()]).encode())
     make_folder(folder, "--output")
-    remarks: list[tuple[str, str]] = []
+    remarks, held = list[tuple[str, str]](), ""
     if val is None:
         train, val = _split_classes(labels, source, folder)
         held_out = _open_classes(val, "LABELS")
-        remarks.append(held_out_remark(len(held_out)))
+        held = _describe_held_out(len(held_out), len(source))
+        remarks.append(held_out_remark(len(held_out), len(source)))
     else:
         train, held_out = labels, _open_classes(val, "--val-labels")
         _check_overlap(*([os.path.realpath(one.name(i)) for i in range(len(one))] for one in (source, held_out)))
         if unknown := sorted(set(held_out.classes) - set(source.classes)):
             raise UserError(f"--val-labels: LABELS has no class {shorten(unknown)}. Name labels of the same classes.")
     remarks += _remark_seen(unlabelled, [os.path.realpath(held_out.name(i)) for i in range(len(held_out))])
-    subsets = {
-        (seed, share): LabelledPart(path)
-        for seed in seeds
-        for share, path in list_class_subsets(train, shares, seed, folder).items()
-    }
-    counts = {share: len(open_source(subsets[seeds[0], share].labels, "LABELS")) for share in shares}
+    paths, dropped = _write_subsets(partial(list_class_subsets, train, out=folder), labels, shares, seeds, held)
+    remarks += dropped
+    subsets = {key: LabelledPart(path) for key, path in paths.items()}
+    counts = {share: len(open_source(path, "LABELS")) for (seed, share), path in paths.items() if seed == seeds[0]}
     all_images = len(open_source(train, "LABELS"))
     return Labels(
         "classify", subsets, LabelledPart(val.absolute()), counts, all_images, len(held_out), False, tuple(remarks)
@@ -275,8 +328,7 @@ def _open_classes(path: Path, key: str) -> Source:
 def _split_classes(labels: Path, source: Source, folder: Path) -> tuple[Path, Path]:
     """Write lists of training and of held-out images."""
     total = len(source)
-    share = 100 * (total - _count_held_out(total, "LABELS")) / total
-    part = next(iter(list_class_subsets(labels, [share], SPLIT_SEED, folder).values()))
+    part = _draw_training(partial(list_class_subsets, labels, out=folder), labels, total)
     with open(part, encoding="utf-8", newline="") as file:
         head, *kept = list(csv.reader(file))
     part.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import psutil
 from crossmae.errors import UserError, shorten
 from crossmae.experiments.cells import Cell, FailedCells, expected_seconds, finished_rows, run_cells
 from crossmae.experiments.commands import count_cores, find_gpus
-from crossmae.experiments.rows import Row, read_rows
+from crossmae.experiments.rows import SCORED_KINDS, Row, read_rows
 from crossmae.experiments.worth.grid import (
     ARMS,
     EQUAL_COMPUTE,
     MINOR_CONTROLS,
     NEEDS_WEIGHTS,
     PRESETS,
+    USUAL_ARMS,
     Budget,
     Question,
     build_cells,
@@ -35,12 +36,15 @@ from crossmae.experiments.worth.inputs import (
     count_images,
     prepare_labels,
 )
+from crossmae.experiments.worth.model_sizes import ModelSizes, sizes_of
 from crossmae.files import make_folder
+from crossmae.files.claim import keep_kind
 from crossmae.reports.page import format_seconds
 
 log = logging.getLogger(__name__)
 
 RESULTS, PAGE = "results.jsonl", "report.html"
+KIND = "comparison"  # of the output folder
 MEMORY_OF_JOB = 4 * 2**30  # bytes that a run of the sizes for processors needs at most
 OWN_KEYS = {  # settings that the plan decides, and the option to use instead
     "output_dir": "--output",
@@ -55,7 +59,7 @@ OWN_KEYS = {  # settings that the plan decides, and the option to use instead
 }
 OWN_KEYS_BY_FLAG = {
     "--pretrain-set": OWN_KEYS | {"schedule.max_steps": "schedule.epochs"},
-    "--detect-set": OWN_KEYS | {"schedule.max_steps": "--steps", "schedule.epochs": "--steps"},
+    "--fine-tune-set": OWN_KEYS | {"schedule.max_steps": "--steps", "schedule.epochs": "--steps"},
 }
 
 
@@ -78,7 +82,7 @@ def choose_arms(arms: Sequence[str] | None, has_weights: bool, equal_compute: bo
     Raises UserError if an arm is unknown, or needs weights or another arm that are not given.
     """
     if arms is None:
-        arms = [arm for arm in ARMS if arm != EQUAL_COMPUTE and (has_weights or arm not in NEEDS_WEIGHTS)]
+        arms = [*USUAL_ARMS, *(NEEDS_WEIGHTS if has_weights else ())]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"--arms: {unknown[0]} is unknown. Choose among {', '.join(ARMS)}.")
     if not has_weights and (lacking := [arm for arm in arms if arm in NEEDS_WEIGHTS]):
@@ -107,7 +111,7 @@ def prepare_question(
     *,
     size: str,
     arms: tuple[str, ...],
-    shares: Sequence[float],
+    shares: Sequence[float] | None,
     seeds: Sequence[int],
     weights: Path | None,
     pretrain_settings: Sequence[str] = (),
@@ -118,7 +122,7 @@ def prepare_question(
     Raises UserError before anything runs.
     """
     count, preset = count_images(images), PRESETS[size]
-    make_folder(output, "--output")
+    keep_kind(output, KIND, "--output")
     found = prepare_labels(labels, val, images, shares, seeds, output / "labels")
     if found.task == "detect":
         check_sizes(preset.encoder(), preset.encoder(pretrain_settings), fine_tune_settings)
@@ -135,7 +139,7 @@ def prepare_question(
         output=output,
         preset=preset,
         arms=arms,
-        shares=tuple(sorted(shares)),
+        shares=tuple(sorted(found.counts)),
         seeds=tuple(seeds),
         weights=weights,
         pretrain_settings=tuple(pretrain_settings),
@@ -154,7 +158,7 @@ def check_sizes(usual: Mapping[str, Any], ours: Mapping[str, Any], fine_tune_set
     given = {word.partition("=")[0] for word in fine_tune_settings}
     names = {key: f"MODEL.VIT.{key.upper()}" for key in ("embed_dim", "depth", "num_heads") if usual[key] != ours[key]}
     if lacking := [f"{name}={ours[key]}" for key, name in names.items() if name not in given]:
-        raise UserError(f"--pretrain-set: the detector has other sizes. Add --detect-set {' '.join(lacking)}.")
+        raise UserError(f"--pretrain-set: the detector has other sizes. Add --fine-tune-set {' '.join(lacking)}.")
 
 
 @dataclass(frozen=True)
@@ -177,16 +181,13 @@ def make_plan(question: Question, steps: int | None, gpus: Sequence[int], runs: 
     Args:
         runs: measure what has not been measured.
 
-    Raises UserError if something has not been measured and must not run.
+    Raises UserError if nothing must run and something has not been measured, or no run has a score.
     """
     budget = choose_budget(question, steps)
     results = question.output / "timing" / RESULTS
     timed = timing_cells(question, budget)
     if not runs and len(finished_rows(timed, results)) < len(timed):
-        raise UserError(
-            f"--page: {question.output} has no results of this command. Give the options of the runs, or leave --page "
-            "out."
-        )
+        raise _no_results(question.output)
     log.info("A short run of each kind comes first. It also checks data and settings")
     make_folder(results.parent, "--output")
     rows = run_cells(timed, results, gpus=gpus[:1])
@@ -194,7 +195,21 @@ def make_plan(question: Question, steps: int | None, gpus: Sequence[int], runs: 
     if EQUAL_COMPUTE in question.arms:
         budget = replace(budget, extra_steps=steps_of_pretraining(rows, budget.pretrain_steps, on_gpu=bool(gpus)))
     wall, cpu = (sum(float(row.cost[key] or 0) for row in rows) for key in ("wall_seconds", "cpu_seconds"))
-    return Plan(estimated(build_cells(question, budget), timings), budget, wall / cpu)
+    cells = estimated(build_cells(question, budget), timings)
+    if not runs and not _scored(finished_rows(cells, question.output / RESULTS).values()):
+        raise _no_results(question.output)
+    return Plan(cells, budget, wall / cpu)
+
+
+def _no_results(output: Path) -> UserError:
+    return UserError(
+        f"--page: {output} has no results of this command. Give the options of the runs, or leave --page out."
+    )
+
+
+def _scored(rows: Iterable[Row]) -> list[str]:
+    """Name the cells with a score."""
+    return [row.cell for row in rows if row.facts.get("kind") in SCORED_KINDS]
 
 
 def seconds_of_kind(row: Row, cost: str = "cpu_seconds") -> tuple[float, float]:
@@ -240,9 +255,12 @@ def describe_plan(question: Question, plan: Plan, jobs: int, gpus: Sequence[int]
     left = sum(seconds[cell.name] for cell in cells if cell.name not in rows)
     wall = left * plan.load if at_once == 1 or gpus else left * max(plan.load, 1.0)
     where = f"on {len(gpus)} GPU{'s' * (len(gpus) > 1)}" if gpus else f"with {at_once} at once on {count_cores()} cores"
+    sizes = sizes_of_question(question)
     lines += [
         f"{question.labels.task}: {budget.fine_tune_steps} steps in every arm and share. Pretraining: "
         f"{budget.pretrain_steps} steps, {budget.pretrain_epochs} epochs of {question.count} images.",
+        f"Pretraining sees crops of {sizes.crop} pixels, and {sizes.fine_tuning}. Encoder: {sizes.encoder}. --size and "
+        "settings change this.",
         f"All runs: {sum(seconds.values()) / 3600:.2f} CPU hours, of which {left / 3600:.2f} are left: about "
         f"{format_seconds(wall / at_once)}, {where}.",
     ]
@@ -295,20 +313,31 @@ def write_answer(
 ) -> str:
     """Write the page from the finished runs.
 
+    A page with scores of other options stays until a run of these options has a score.
+
     Args:
         failed: reasons by run that failed.
 
     Returns the verdict in words.
     """
-    from crossmae.experiments.worth_page import write_page  # imports matplotlib
+    from crossmae.experiments.worth_page import NOTHING_YET, write_page  # imports matplotlib
 
     rows, budget = finished_rows(plan.cells, question.output / RESULTS), plan.budget
-    if others := sorted({row.cell for row in read_rows(question.output / RESULTS)} - rows.keys()):
-        log.warning("runs with other options or another version are not on the page: %s", shorten(others))
+    others = [row for row in read_rows(question.output / RESULTS) if row.cell not in rows]
+    if _scored(others) and not _scored(rows.values()) and (question.output / PAGE).exists():
+        log.warning("%s: shows runs with other options, and is kept until a run of these options has a score", PAGE)
+        return NOTHING_YET
+    if others:
+        named = shorten(sorted(row.cell for row in others))
+        log.warning("runs with other options or another version are not on the page: %s", named)
+    sizes = sizes_of_question(question)
     shown = {
         **settings,
         "Images for pretraining": f"{question.count:,} in {question.images}",
         "Pretraining": f"{question.preset.pretrain}, {budget.pretrain_steps:,} steps",
+        "Images in pretraining": f"crops of {sizes.crop} pixels",
+        "Images in fine-tuning": sizes.fine_tuning,
+        "Encoder": sizes.encoder,
         "Fine-tuning": f"{fine_tune_config(question)}, {budget.fine_tune_steps:,} steps",
         "Validation": f"{question.labels.val_images:,} images, {question.labels.val.labels}",
     }
@@ -319,8 +348,15 @@ def write_answer(
         settings=shown,
         failed=failed,
         planned=[cell.facts for cell in plan.cells],
-        limits=question.labels.remarks,
+        val_images=question.labels.val_images,
+        limits=(*question.labels.remarks, sizes.limit(budget.fine_tune_steps)),
     )
+
+
+def sizes_of_question(question: Question) -> ModelSizes:
+    """Find the sizes of images and encoder in the runs."""
+    task, settings = question.labels.task, (question.pretrain_settings, question.fine_tune_settings)
+    return sizes_of(question.preset, task, *settings)
 
 
 def fine_tune_config(question: Question) -> str:

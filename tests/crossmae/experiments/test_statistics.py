@@ -17,8 +17,10 @@ from crossmae.experiments.statistics import (
     describe_comparisons,
     describe_difference,
     describe_differences,
+    describe_scope,
     describe_width,
     difference_of,
+    equal_scores,
     missing_runs,
     one_decimal,
     percent_mean,
@@ -83,8 +85,8 @@ def test_a_claim_follows_from_the_interval(own: dict[int, float], control: dict[
         (
             (40.0, 41.0, 39.0),
             (39.5, 40.0, 40.0),
-            "no difference is shown (-2.4 to 2.8, 3 seeds). These runs exclude a gain above 2.8 AP and a loss above "
-            "2.4 AP",
+            "no difference is shown (-2.4 to 2.8, 3 seeds). Over these 3 seeds, on these 12 validation images, the "
+            "interval excludes a gain above 2.8 AP and a loss above 2.4 AP",
         ),
         ((50.0,), (10.0,), "one seed shows nothing"),
         ((), (10.0,), "no seed has runs of both, so nothing is shown"),
@@ -97,7 +99,20 @@ def test_a_claim_follows_from_the_interval(own: dict[int, float], control: dict[
     ],
 )
 def test_words_of_a_verdict(own: tuple[float, ...], control: tuple[float, ...], text: str) -> None:
-    assert describe_difference(difference_of(by_seed(*own), by_seed(*control)), "it", "AP") == text
+    assert describe_difference(difference_of(by_seed(*own), by_seed(*control)), "it", "AP", 12) == text
+
+
+@given(st.lists(st.sampled_from([0.0, 50.0, 50.1]), max_size=4))
+def test_scores_are_equal_if_all_of_several_seeds_agree(values: list[float]) -> None:
+    scores = {("own", 10.0): by_seed(*values), ("own", 30.0): by_seed(1, 1), ("other", 10.0): by_seed(1, 2)}
+    expected = [10.0, 30.0] if len(values) > 1 and len(set(values)) == 1 else [30.0]
+    assert equal_scores(scores, ["own", "other", "weights"], [10.0, 30.0]) == {"own": expected}
+
+
+def test_scopes_name_seeds_and_images() -> None:
+    assert describe_scope(3, 1200) == "over these 3 seeds, on these 1,200 validation images"
+    assert describe_scope(1, 1) == "over one seed, on this one validation image"
+    assert describe_scope(2, None) == "over these 2 seeds, on these validation images"
 
 
 def test_a_sentence_for_each_point() -> None:

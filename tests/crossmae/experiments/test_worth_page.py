@@ -61,7 +61,7 @@ def test_the_answer_is_the_paired_difference_to_the_right_control(build: Any) ->
     report, answer = build(rows)
     assert answer == (
         f"CrossMAE on your images is better than {RANDOM} at 40 and 120 labelled images. No difference is shown at 400 "
-        "labelled images."
+        "labelled images. This holds over these 3 seeds, on these validation images."
     )
     values = {(row.facts["arm"], row.facts["share"], row.facts["seed"]): row.numbers.get("mask_AP") for row in rows}
     differences = [values["own", 10, seed] - values["random_pretraining_init", 10, seed] for seed in range(3)]
@@ -138,6 +138,11 @@ def test_one_seed_claims_nothing(build: Any) -> None:
     assert " adds " not in texts(report)
     assert "One seed has no interval" in texts(report)
     assert "No comparison has an interval." in texts(report)
+    assert "This holds" not in answer
+    assert "interval of the mean" not in report.sections[0].text
+    assert "The interval" not in texts(report)  # nothing may refer to an interval that is not there
+    assert "Few seeds" not in texts(report)
+    assert "The interval says how large it can be" in texts(build(sample_rows())[0])
 
 
 def test_seeds_without_effect_claim_nothing(build: Any) -> None:
@@ -154,8 +159,37 @@ def test_seeds_without_effect_claim_nothing(build: Any) -> None:
 
 def test_runs_that_differ_by_chance_show_no_difference(build: Any) -> None:
     rows = sample_rows(["own", "random_pretraining_init"], spread=40)
-    assert build(rows)[1] == f"These runs do not show a difference between CrossMAE on your images and {RANDOM}."
-    assert "exclude a gain above" in texts(build(rows)[0])
+    answer = f"These runs do not show a difference between CrossMAE on your images and {RANDOM}."
+    report, found = build(rows, val_images=200)
+    assert found == f"{answer} This holds over these 3 seeds, on these 200 validation images."
+    assert "Over these 3 seeds, on these 200 validation images, the interval excludes a gain above" in texts(report)
+    assert "Few validation images" not in texts(report)
+
+
+@pytest.mark.parametrize(("kind", "per_image"), [("classify", "each one changes the score by 8.3"), ("detect", "")])
+def test_few_validation_images_are_warned_of(build: Any, kind: str, per_image: str) -> None:
+    report, answer = build(sample_rows(kind=kind), val_images=12)
+    assert "on these 12 validation images" in answer
+    assert per_image in answer
+    assert ("each one changes the score by 8.3 points" in texts(report)) == bool(per_image)
+    assert "There are only 12 validation images" in texts(report)
+    verdict = next(section for section in report.sections if section.title == "Verdict")
+    assert "over these 3 seeds, on these 12 validation images" in verdict.text
+    for enough, warned in ((99, True), (100, False)):
+        assert ("Few validation images" in texts(build(sample_rows(kind=kind), val_images=enough)[0])) == warned
+
+
+def test_equal_scores_of_an_arm_are_warned_of(build: Any) -> None:
+    """An interval whose width comes from one arm only."""
+    rows = sample_rows(["own", "random_pretraining_init"], kind="classify")
+    assert "The same score" not in texts(build(rows)[0])
+    equal = [
+        replace(row, numbers={"top1": 50.0}) if (row.facts["arm"], row.facts["share"]) == ("own", 10) else row
+        for row in rows
+    ]
+    report, answer = build(equal)
+    assert "All seeds of CrossMAE on your images have the same score at 40 labelled images." in texts(report)
+    assert "This holds over these 3 seeds" in answer  # the control varies, so there is an interval
 
 
 def test_missing_and_failed_cells_are_listed(build: Any) -> None:
@@ -214,6 +248,14 @@ def test_classes_have_accuracies(build: Any) -> None:
     assert len(table_with(report, "mean top-1 accuracy")) == 15
     assert "own pretraining adds" in texts(report)
     assert "points" in texts(report)
+    assert "random weights (as the classifier starts)" in texts(report)
+    assert "detector" not in texts(report)
+
+
+def test_wide_tables_wrap_and_no_number_stands_out_by_its_place(build: Any, tmp_path: Path) -> None:
+    tables = blocks_in(build(sample_rows())[0], Table)
+    assert all(table.wrap for table in tables if len(table.columns) > 4)
+    assert "first-child .value" not in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_unknown_arms_keep_their_name(build: Any) -> None:
@@ -225,5 +267,10 @@ def test_figures_name_axes_arms_and_units(tmp_path: Path) -> None:
     write_page(sample_rows(["own", "random_pretraining_init"]), tmp_path / "page.html", title="t", settings={})
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.count("<svg") == 4
+    assert "vertical lines their 95" in page
+    write_page(sample_rows(["own"], seeds=[0]), tmp_path / "one.html", title="t", settings={})
+    one = (tmp_path / "one.html").read_text("utf-8")
+    assert "vertical lines" not in one
+    assert "There are no intervals." in one
     for text in ("labelled images (logarithmic)", "mask AP in %", "difference in AP", "CrossMAE on your images", "400"):
         assert f">{text}</text>" in page

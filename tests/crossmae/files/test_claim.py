@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 
 from crossmae.errors import UserError
 from crossmae.files import claim as claims
-from crossmae.files.claim import CLAIM_LOCK, CLAIM_RECORD, check_folder, check_unused, claim, lock_now, locked
+from crossmae.files.claim import (
+    CLAIM_LOCK,
+    CLAIM_RECORD,
+    check_folder,
+    check_unused,
+    claim,
+    keep_kind,
+    lock_now,
+    locked,
+)
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -86,6 +95,20 @@ def test_a_claim_ends_with_its_run_and_the_kind_stays(tmp_path: Path, caplog: py
     message = f"OUTPUT_DIR: {folder} is the folder of a pretraining run, not of detection. Name another folder."
     assert str(caught.value) == message
     assert record(folder) == {"kind": "pretraining"}
+
+
+def test_a_shared_folder_keeps_its_kind(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    for _ in range(2):
+        keep_kind(folder, "comparison", "--output")
+        assert record(folder) == {"kind": "comparison"}
+    with pytest.raises(UserError, match=r"output_dir: .*new is the folder of a comparison run, not of pretraining"):
+        claim(folder, "pretraining").__enter__()
+    with claim(tmp_path / "run", "pretraining"):
+        before = record(tmp_path / "run")
+        with pytest.raises(UserError, match=r"--output: .*run is the folder of a pretraining run, not of comparison"):
+            keep_kind(tmp_path / "run", "comparison", "--output")
+        assert record(tmp_path / "run") == before
 
 
 def test_a_claim_without_a_kind_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.textpath import TextPath
 
 from crossmae.reports.figures import MOST_CURVES, MeanCurve, mean_plot, running_mean
 from tests.crossmae.reports.pages import plot
@@ -47,6 +50,29 @@ def test_means_have_intervals_dots_and_a_label_for_each_place() -> None:
     assert "10^" not in svg
     assert svg == means([40, 120, 400])
     assert svg != means([40, 120, 400], zero=True)
+
+
+def test_a_single_run_has_one_mark() -> None:
+    """A dot next to the mark of its own mean would look like a second run."""
+
+    def marks(values: list[tuple[float, float]]) -> int:
+        curve = MeanCurve([40, 400], [1, 2], [None, None], values)
+        svg = str(mean_plot({"own": curve}, title="t", x_label="x", y_label="y", caption="c").svg)
+        return svg.count("<use")
+
+    assert marks([(40, 1), (400, 2)]) == marks([])
+    assert marks([(40, 0), (40, 2), (400, 2)]) == marks([]) + 2
+
+
+def test_long_labels_of_the_legend_fit() -> None:
+    words = "CrossMAE on your images \N{MINUS SIGN} random weights, with the learning rates of pretrained ones"
+    curve = MeanCurve([40, 400], [1, 2], [None, None])
+    svg = str(mean_plot({words: curve, "b": curve}, title="t", x_label="x", y_label="y", caption="c").svg)
+    lines = re.findall(r">([^<>]+)</text>", svg)
+    assert " ".join(lines[lines.index("b") - 2 : lines.index("b")]) == words
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    for line in lines:
+        assert TextPath((0, 0), line, size=8.5).get_extents().x1 < width - 50  # the handle takes 40
 
 
 def test_labels_of_the_x_axis_do_not_cover_each_other() -> None:

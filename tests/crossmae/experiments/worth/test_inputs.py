@@ -14,7 +14,13 @@ from crossmae.checkpoints.weights import save_weights
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.experiments.worth.grid import PRESETS
-from crossmae.experiments.worth.inputs import LabelledPart, check_unchanged, check_weights, prepare_labels
+from crossmae.experiments.worth.inputs import (
+    DEFAULT_SHARES,
+    LabelledPart,
+    check_unchanged,
+    check_weights,
+    prepare_labels,
+)
 from crossmae.models.crossmae import create_model
 from tests.crossmae.classification.labelled import write_classes
 
@@ -63,7 +69,7 @@ def test_held_out_images_are_in_no_subset(tmp_path: Path):
         assert small < large
         assert not large & held_out
     assert found.train[0, 25.0].images == tmp_path / "train"  # next to the json
-    assert "20 of the labelled images are held out" in found.remarks[0][1]
+    assert "20 of the 40 labelled images are held out" in found.remarks[0][1]
     assert "Pretraining sees 20 of the 20 validation images" in found.remarks[1][1]
 
 
@@ -104,6 +110,30 @@ def test_folders_of_classes_are_split(tmp_path: Path):
     assert own.remarks == ()
 
 
+@pytest.mark.parametrize(("per_class", "held_out", "shares"), [(8, 12, (30, 100)), (3, 4, (100,)), (40, 24, None)])
+def test_few_labels_hold_out_at_most_half_and_drop_usual_shares(
+    tmp_path: Path, per_class: int, held_out: int, shares: tuple[float, ...] | None
+):
+    """Three classes need three training images. The user's own shares are never dropped."""
+    labels = LabelledPart(write_classes(tmp_path / "classes", per_class=per_class))
+    found = prepare(tmp_path, labels, shares=None)
+    assert (found.val_images, found.all_images) == (held_out, 3 * per_class - held_out)
+    assert tuple(found.counts) == (shares or DEFAULT_SHARES)
+    assert set(found.train) == {(seed, share) for seed in SEEDS for share in found.counts}
+    assert min(found.counts.values()) >= 3
+    left_out = [text for heading, text in found.remarks if heading == "Shares left out"]
+    if not shares:
+        assert not left_out
+        return
+    assert left_out[0].startswith(
+        "10 % " if len(shares) == 2 else "10 % and 30 % of the labels are left out: 10 % of 5"
+    )
+    with pytest.raises(
+        UserError, match=f"LABELS: .*classes: {held_out} of {3 * per_class} labelled images are held out"
+    ):
+        prepare(tmp_path, labels, shares=DEFAULT_SHARES)
+
+
 def test_a_folder_of_images_without_a_json(tmp_path: Path):
     with pytest.raises(UserError, match="--label-images: only a COCO json needs it"):
         prepare(tmp_path, LabelledPart(write_classes(tmp_path / "classes"), tmp_path))
@@ -123,8 +153,12 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
         ("no json", "not valid JSON"),
         ("no image", "LABELS: 1 of 40 images are not in .*, such as train3.png"),
         ("no folder", "its image train0.png is in none of .*--label-images"),
-        ("few", "LABELS: 21 labelled images are too few to hold out 20"),
-        ("share", "Give shares of .* % or more"),
+        ("few", "LABELS: .*train.json: 2 labelled images are too few to hold some out. Label at least 3"),
+        (
+            "share",
+            "LABELS: .*train.json: 20 of 40 labelled images are held out for validation, and 4 % of 20 training images "
+            "are 1, .* each of the 2 categories. Give --shares of 10 % or more, or name .* with --val-labels",
+        ),
         ("val is train", "--val-labels: 40 of 40 validation images are labelled training images"),
         ("one class", "LABELS: .*: has fewer than two classes"),
         ("no val", "--val-labels: .*nowhere.json does not exist"),
@@ -132,7 +166,7 @@ def without(part: LabelledPart, key: str, value: object) -> LabelledPart:
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
-    labels = write_labels(tmp_path, 21 if case == "few" else 40)
+    labels = write_labels(tmp_path, 2 if case == "few" else 40)
     val, options = None, {}
     if case == "missing":
         labels = LabelledPart(tmp_path / "nowhere.json")
@@ -160,6 +194,17 @@ def test_bad_input_is_named(tmp_path: Path, case: str, message: str):
             path.unlink()
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, labels, val, **options)
+
+
+def test_too_few_labels_name_what_the_user_gave(tmp_path: Path):
+    labels, val = write_labels(tmp_path), write_labels(tmp_path, 6, "val")
+    with pytest.raises(UserError, match=r"LABELS: .*train.json: 2 % of 40 training .* Give --shares of 5 % or more\.$"):
+        prepare(tmp_path, labels, val, shares=(2.0,))
+    few = write_labels(tmp_path, 4, "few")
+    annotations = json.loads(few.labels.read_text())["annotations"]
+    without(few, "annotations", [one | {"category_id": number % 3} for number, one in enumerate(annotations)])
+    with pytest.raises(UserError, match=r"few.json: 2 of 4 .* held out .* the other 2 are too few .* --val-labels"):
+        prepare(tmp_path, few)
 
 
 def test_changed_inputs_are_refused_once_there_are_results(tmp_path: Path):

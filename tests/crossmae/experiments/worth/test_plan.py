@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from crossmae.errors import UserError
+from crossmae.experiments.cells import Cell, step_fingerprints
 from crossmae.experiments.rows import Row, append_row
 from crossmae.experiments.worth import plan
-from crossmae.experiments.worth.grid import ARMS, build_cells, choose_budget
+from crossmae.experiments.worth.grid import ARMS, build_cells, choose_budget, timing_cells
 from tests.crossmae.experiments.worth.test_inputs import write_labels
 from tests.crossmae.experiments.worth.tiny_question import ask, tiny_preset
 
@@ -38,16 +39,16 @@ def test_bad_arms(arms: list[str], message: str):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("x", "--detect-set: x is no setting"),
+        ("x", "--fine-tune-set: x is no setting"),
         ("SOLVER.MAX_ITER=3", "is decided by the plan. Use --steps"),
         ("schedule.epochs=3", "is decided by the plan. Use --steps"),  # epochs differ between the shares
     ],
 )
 def test_bad_settings(word: str, message: str):
-    plan.check_settings("--detect-set", ["SOLVER.BASE_LR=1"])
+    plan.check_settings("--fine-tune-set", ["SOLVER.BASE_LR=1"])
     plan.check_settings("--pretrain-set", ["schedule.epochs=3"])
     with pytest.raises(UserError, match=message):
-        plan.check_settings("--detect-set", [word])
+        plan.check_settings("--fine-tune-set", [word])
 
 
 def test_a_timing_run_has_a_start_and_steps():
@@ -61,7 +62,7 @@ def test_the_detector_has_the_sizes_of_pretraining():
     smaller = plan.PRESETS["demo"].encoder(["model.depth=4"])
     plan.check_sizes(usual, usual, [])
     plan.check_sizes(usual, smaller, ["MODEL.VIT.DEPTH=4"])
-    with pytest.raises(UserError, match=r"other sizes\. Add --detect-set MODEL\.VIT\.DEPTH=4\."):
+    with pytest.raises(UserError, match=r"other sizes\. Add --fine-tune-set MODEL\.VIT\.DEPTH=4\."):
         plan.check_sizes(usual, smaller, [])
 
 
@@ -82,6 +83,35 @@ def test_runs_with_other_options_are_named(tmp_path: Path, caplog: pytest.LogCap
     budget = choose_budget(question, 3)
     plan.write_answer(question, plan.Plan(build_cells(question, budget), budget, load=1.0), {})
     assert "other options or another version are not on the page: pretrain-own-seed0" in caplog.text
+
+
+def test_a_page_of_other_options_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Other numbers of steps need the same pretraining and the same timing runs, but have no scores."""
+    question = ask(tmp_path / "out", tmp_path / "train", write_labels(tmp_path), tiny_preset(tmp_path / "c"), ("own",))
+    results, page = tmp_path / "out" / plan.RESULTS, tmp_path / "out" / plan.PAGE
+    cells = build_cells(question, choose_budget(question, 10))
+    for cell in cells:
+        append_row(results, row_of(cell, results, cells))
+    timed = timing_cells(question, choose_budget(question, 10))
+    (tmp_path / "out/timing").mkdir()
+    for cell in timed:
+        append_row(tmp_path / "out/timing" / plan.RESULTS, row_of(cell, tmp_path / "out/timing" / plan.RESULTS, timed))
+    made = plan.make_plan(question, 10, [], runs=False)
+    plan.write_answer(question, made, {})
+    before = page.read_bytes()
+    with pytest.raises(UserError, match=r"--page: .*out has no results of this command\. Give the options"):
+        plan.make_plan(question, 20, [], runs=False)
+    monkeypatch.setattr(plan, "run_cells", lambda *_, **__: None)  # a run with other options that is stopped at once
+    other = plan.Plan(build_cells(question, choose_budget(question, 20)), choose_budget(question, 20), load=1.0)
+    assert "no answer yet" in plan.answer(question, other, jobs=1, gpus=[], minutes=None, settings={})
+    assert page.read_bytes() == before
+
+
+def row_of(cell: Cell, results: Path, cells: list[Cell]) -> Row:
+    """Make the row of a finished cell."""
+    fingerprint = step_fingerprints(cells, results)[cell.name][-1]
+    numbers = {"mask_AP": 30.0, "steps": 10.0, "step_seconds": 0.5}
+    return Row(cell.name, cell.facts, numbers, wall_and_cpu(wall=9, cpu=9), fingerprint=fingerprint)
 
 
 def test_failed_runs_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

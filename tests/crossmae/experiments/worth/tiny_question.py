@@ -30,7 +30,7 @@ PRETRAIN: dict[str, Any] = {
 CLASSIFY = {"data": {"workers": 0, "auto_augment": None}, "model": {"drop_path": 0.0}, "runtime": {"device": "cpu"}}
 
 
-def tiny_preset(folder: Path, detect: str = "") -> Preset:
+def tiny_preset(folder: Path, detect: str = "{}") -> Preset:
     """Write the configs of a tiny model."""
     folder.mkdir(exist_ok=True)
     for name, values in (("pretrain", PRETRAIN), ("classify", CLASSIFY)):
