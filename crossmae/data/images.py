@@ -46,11 +46,6 @@ from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white
 from crossmae.errors import UserError, import_extra, printable
 from crossmae.files import read_file, recognize
 
-try:
-    from simplejpeg import decode_jpeg, decode_jpeg_header
-except ImportError:  # an extra, which changes no pixel: Pillow decodes without it
-    decode_jpeg = None
-
 MAX_PIXELS = 178_956_970  # where Pillow stops, too; 0.5 GB as RGB
 # Pillow warns of metadata that it skips, which decide nothing. `ImageLimits` takes the place of its limit of pixels,
 # which warns from half of it.
@@ -84,8 +79,6 @@ LATE_EXIF_WITHIN = 1 << 16  # bytes at the end of a PNG that are searched for an
 PLAIN_HEAD = 4096  # bytes that hold the header of a JPEG without metadata
 FILLED = bytes(64)  # after samples, such a run of zeros stands in place of the end of a JPEG
 FILL_VALUES, LOWEST = (-9999, -32768), -3.39e38  # missing data of GeoTIFF files, and all below
-PLAIN_PPM = re.compile(rb"P6\n([0-9]{1,9}) ([0-9]{1,9})\n255\n")  # as Pillow writes it, also to shards
-JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments and metadata before the samples
 UNREAD, JUNK = 128, b"\x55\xaa\x13" * 256  # grey of missing JPEG data; bytes that would be decoded to something else
 
 
@@ -175,54 +168,6 @@ def decode_image(
         return pixels
     cut = np.rint(pixels * 255).astype(np.uint8)
     return Image.fromarray(cut.squeeze(-1) if channels == 1 else cut) if channels in (1, 3) else cut
-
-
-def decode_plain(data: bytes, name: str, limits: ImageLimits = IMAGE_LIMITS) -> NDArray[np.uint8] | None:
-    """Decode a plain JPEG or PPM to RGB, faster than Pillow.
-
-    Returns:
-        (H, W, 3), the pixels that `decode_image` returns; None for other files and for damaged files. JPEG needs
-        simplejpeg.
-
-    Raises:
-        UserError: If the image has more pixels than the limit.
-    """
-    try:
-        if ppm := PLAIN_PPM.match(data):
-            width, height = int(ppm[1]), int(ppm[2])
-            limits.check(name, width, height)
-            if len(data) == ppm.end() + 3 * width * height:
-                return np.frombuffer(data, np.uint8, offset=ppm.end()).reshape(height, width, 3).copy()
-        elif decode_jpeg is not None and _is_plain_jpeg(data):
-            height, width, colours, _ = decode_jpeg_header(data)
-            if colours == "YCbCr":
-                limits.check(name, width, height)
-                pixels: NDArray[np.uint8] = decode_jpeg(data)  # an error for any doubt about the data
-                return pixels
-    except UserError:
-        raise
-    except Exception:  # `decode_image` decides what can be read, and describes the damage
-        pass
-    return None
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Check for one upright JPEG in a single scan.
-
-    Scans of a progressive JPEG may be missing in silence.
-    """
-    if not data.startswith(LAST_BYTES[0][:1] + b"\xd8") or not data.endswith(LAST_BYTES[0]):
-        return False
-    start = 2
-    while len(data) > start + 8 and data[start] == 0xFF:
-        marker, content = data[start + 1], data[start + 4 : start + 8]
-        if marker in (0xC0, 0xC1):  # baseline and extended sequential
-            return True
-        is_exif = marker == 0xE1
-        if marker not in JPEG_SEGMENTS or content == b"MPF\0" or (is_exif and read_orientation(open_image(data)) != 1):
-            return False
-        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    return False
 
 
 def _reason(error: Exception, data: bytes) -> str:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as VF
 
-from crossmae.data.images import IMAGE_LIMITS, ImageLimits, decode_image, decode_plain
+from crossmae.data.images import IMAGE_LIMITS, LAST_BYTES, ImageLimits, decode_image, open_image, read_orientation
 from crossmae.data.sources import Source
+from crossmae.errors import UserError
 
+try:
+    from simplejpeg import decode_jpeg, decode_jpeg_header
+except ImportError:  # an extra, which changes no pixel: Pillow decodes without it
+    decode_jpeg = None
+
+
+PLAIN_PPM = re.compile(rb"P6\n([0-9]{1,9}) ([0-9]{1,9})\n255\n")  # as Pillow writes it, also to shards
+JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments and metadata before the samples
 MOST_ENLARGED = 64  # pixels of an enlarged image per pixel of its view; longer strips are cropped first
 MARGIN = 4  # pixels of the source; the filter for an enlargement reaches 2
 
@@ -42,6 +53,54 @@ def read_tensor(source: Source, index: int, channels: int = 3, bit_depth: int = 
     if plain is not None:
         return torch.from_numpy(plain).permute(2, 0, 1)
     return to_tensor(decode_pixels(data, name, channels, bit_depth, source.limits))
+
+
+def decode_plain(data: bytes, name: str, limits: ImageLimits = IMAGE_LIMITS) -> NDArray[np.uint8] | None:
+    """Decode a plain JPEG or PPM to RGB, faster than Pillow.
+
+    Returns:
+        (H, W, 3), the pixels that `decode_image` returns; None for other files and for damaged files. JPEG needs
+        simplejpeg.
+
+    Raises:
+        UserError: If the image has more pixels than the limit.
+    """
+    try:
+        if ppm := PLAIN_PPM.match(data):
+            width, height = int(ppm[1]), int(ppm[2])
+            limits.check(name, width, height)
+            if len(data) == ppm.end() + 3 * width * height:
+                return np.frombuffer(data, np.uint8, offset=ppm.end()).reshape(height, width, 3).copy()
+        elif decode_jpeg is not None and _is_plain_jpeg(data):
+            height, width, colours, _ = decode_jpeg_header(data)
+            if colours == "YCbCr":
+                limits.check(name, width, height)
+                pixels: NDArray[np.uint8] = decode_jpeg(data)  # an error for any doubt about the data
+                return pixels
+    except UserError:
+        raise
+    except Exception:  # `decode_image` decides what can be read, and describes the damage
+        pass
+    return None
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Check for one upright JPEG in a single scan.
+
+    Scans of a progressive JPEG may be missing in silence.
+    """
+    if not data.startswith(LAST_BYTES[0][:1] + b"\xd8") or not data.endswith(LAST_BYTES[0]):
+        return False
+    start = 2
+    while len(data) > start + 8 and data[start] == 0xFF:
+        marker, content = data[start + 1], data[start + 4 : start + 8]
+        if marker in (0xC0, 0xC1):  # baseline and extended sequential
+            return True
+        is_exif = marker == 0xE1
+        if marker not in JPEG_SEGMENTS or content == b"MPF\0" or (is_exif and read_orientation(open_image(data)) != 1):
+            return False
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return False
 
 
 def to_tensor(pixels: Image.Image | Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode, v2
 
-from crossmae.data import images
 from crossmae.data import pixels as pixels_module
-from crossmae.data.images import ImageLimits, decode_image, decode_plain
-from crossmae.data.pixels import centre_view, random_crop, read_tensor, to_tensor
+from crossmae.data.images import ImageLimits, decode_image
+from crossmae.data.pixels import centre_view, decode_plain, random_crop, read_tensor, to_tensor
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 
@@ -243,5 +242,5 @@ def test_without_the_library_pillow_decodes_the_same(tmp_path: Path, monkeypatch
     (tmp_path / "x.jpg").write_bytes(jpeg(0, 40, 24))
     source = open_source(str(tmp_path), "data.train")
     fast = read_tensor(source, 0)
-    monkeypatch.setattr(images, "decode_jpeg", None)
+    monkeypatch.setattr(pixels_module, "decode_jpeg", None)
     assert torch.equal(read_tensor(source, 0), fast)
