@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 CORE = [
     "torch>=2.8,<2.12",  # 2.6: torch.load without trust ran code (CVE-2025-32434); 2.8: CVE-2025-2953, CVE-2025-3730
     "torchvision>=0.23,<0.27",  # the releases that pair with those of torch
-    "timm>=1.0.26,<2",
+    "timm>=1.0.31,<2",
     "numpy>=2.0",
     # 12.3 and 13: memory errors of decoders (CVE-2026-54058, CVE-2026-96639); 13 needs Python 3.11.
     "pillow>=13; python_version >= '3.11'",
@@ -67,7 +67,8 @@ DATA = [
 ]
 
 # Predictions on video, with a codec that browsers play; ONNX files, and the runtime that they are checked with.
-VIDEO = ["av>=14"]
+# av 17.1 warns of no cut-off video; 18 needs Python 3.11.
+VIDEO = ["av>=18; python_version >= '3.11'", "av>=17.1; python_version < '3.11'"]
 EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tried only with torch 2.11
 
 # The other side of hf-vit and hf-vitmae: only the proof of a conversion and the tests run its models.

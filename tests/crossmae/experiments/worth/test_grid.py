@@ -155,4 +155,4 @@ def test_cells_of_a_classifier(tmp_path: Path):
     assert [row.facts["kind"] for row in rows] == ["pretrain", "classify", "classify"]
     assert rows[0].numbers["val_loss"] > 0
     assert all(0 <= row.numbers["top1"] <= 100 for row in rows[1:])
-    assert [row.facts["labelled"] for row in rows[1:]] == [10, 10]
+    assert [row.facts["labelled"] for row in rows[1:]] == [15, 15]  # half of 30 are held out
