@@ -228,7 +228,7 @@ def test_options_that_do_not_fit_are_named_and_those_that_are_off_are_not_record
     first = pretrain(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
     with safe_open(first, "pt") as file:
         assert not {"mask_block", "class_tokens"} & json.loads(file.metadata()["model"]).keys()
-    with pytest.raises(UserError, match=r"model.init: .* has 1 class token\(s\)\. Set model.class_tokens=1"):
+    with pytest.raises(UserError, match=r"model.init: .* has 1 class token\. Set model.class_tokens=1"):
         pretrain(make_config(images, tmp_path / "other", model={"init": first, "class_tokens": 2}))
     model = {"init": first, "mask_block": 2}
     pretrain(make_config(images, tmp_path / "blocks", model=model, schedule={"max_steps": 1}))
