@@ -44,7 +44,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossmae.data.tiff import DEEP, MAGIC, Layout, has_deep_samples, over_white, read_tiff, say_once, upright
 from crossmae.errors import UserError, import_extra, printable
-from crossmae.files import read_file, recognize
+from crossmae.files import read_end, read_file, recognize
 
 MAX_PIXELS = 178_956_970  # where Pillow stops, too; 0.5 GB as RGB
 # Pillow warns of metadata that it skips, which decide nothing. `ImageLimits` takes the place of its limit of pixels,
@@ -466,22 +466,12 @@ def read_header(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> ImageHeader:
     with image:
         stored, is_png = image.size, image.format == "PNG"
         limits.check(printable(path), *stored)
-        end = _read_end(path, LATE_EXIF_WITHIN if is_png else LONGEST_END)
+        end = read_end(path, LATE_EXIF_WITHIN if is_png else LONGEST_END)
         # Pillow would decode a PNG file completely to find an orientation that is stored after the pixels.
         late = is_png and LATE_EXIF.search(end)
         orientation = read_orientation(open_image(read_file(path), load=True) if late else image, load=bool(late))
     turned = stored[::-1] if orientation in QUARTER_TURNS else stored
     return ImageHeader(stored, turned, orientation, is_sound and is_whole(end))
-
-
-def _read_end(path: Path, length: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(file.tell() - length, 0))
-            return file.read()
-    except OSError:
-        return b""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

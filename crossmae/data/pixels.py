@@ -89,7 +89,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
     Scans of a progressive JPEG may be missing in silence.
     """
-    if not data.startswith(LAST_BYTES[0][:1] + b"\xd8") or not data.endswith(LAST_BYTES[0]):
+    if not data.startswith(b"\xff\xd8") or not data.endswith(LAST_BYTES[0]):
         return False
     start = 2
     while len(data) > start + 8 and data[start] == 0xFF:

@@ -64,6 +64,17 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def read_end(path: str | Path, length: int) -> bytes:
+    """Read the last `length` bytes of a file, b"" if unreadable."""
+    try:
+        with open_file(path) as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - length, 0))
+            return file.read()
+    except OSError:
+        return b""
+
+
 def read_file(path: str | Path, shown: str = "") -> bytes:
     """Read a whole file.
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -210,13 +209,15 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     plan = {"device": str(state.device), "precision": precision} | schedule.plan()
     about = {"plan": plan, "config": run.settings, "fingerprint": job.fingerprint}
 
-    def save(writer: CheckpointWriter) -> None:
+    writer = CheckpointWriter()
+
+    def save() -> None:
         state.check_weights()
         record = {"batches_consumed": schedule.batches_done(state.step), **about}
         state.save(writer, folder, run.keep, job.metadata(state.step), record)
 
     batches = job.open_batches(schedule.batches_done(state.step), schedule.batches_done(schedule.last_step))
-    with records, StopRequest(ranks) as request, CheckpointWriter() as writer:
+    with records, StopRequest(ranks) as request, writer:
         steps = TrainingSteps(job, state, records, request, writer, save, watch, run)
         steps.run(batches, resumed)
     for line in records.summary():
@@ -227,7 +228,7 @@ class TrainingSteps:
     """Training steps, checkpoints and measurements of a job, from the step of `state` to the last one.
 
     Args:
-        save: begins to write a checkpoint.
+        save: begins to write a checkpoint by `writer`.
         watch: counts the broken images of a micro-batch.
     """
 
@@ -238,13 +239,12 @@ class TrainingSteps:
         records: RunLog,
         request: StopRequest,
         writer: CheckpointWriter,
-        save: Callable[[CheckpointWriter], None],
+        save: Callable[[], None],
         watch: Callable[[Any], None],
         settings: RunSettings,
     ) -> None:
         self.job, self.state, self.records, self.request = job, state, records, request
-        self.writer, self.watch, self.settings = writer, watch, settings
-        self.save = partial(save, writer)
+        self.writer, self.save, self.watch, self.settings = writer, save, watch, settings
         self.saved: int | None = None  # step of the last checkpoint
         self.names: list[NameImages] = []  # of the micro-batches of the current step
         self.start_window()

@@ -189,7 +189,7 @@ def _facts(weights: Weights, stored: Mapping[str, Tensor], arguments: Mapping[st
         "final norm": "norm" if "norm.weight" in plain else "fc_norm" if "fc_norm.weight" in plain else "none",
         "decoder": _decoder(weights) if weights.format in ("crossmae", "mae") else "",
         "fusion": fusion,
-        "head": "" if head is None else f"{counted(len(head), 'class')}",
+        "head": "" if head is None else counted(len(head), "class"),
         "relative": f"tables for sides of {tables}" if tables else "",
         "positions": _positions(weights, stored, arguments),
     }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
 from crossmae.data.sources.labels import unify_labels
 from crossmae.errors import UserError, counted, printable, shorten
-from crossmae.files import open_file, read_file
+from crossmae.files import open_file, read_end, read_file
 
 HEAD = 1 << 16  # bytes that hold the header of nearly every image
 
@@ -200,13 +200,7 @@ class ImageFiles(Source):
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def tail(self, index: int, length: int = 16) -> bytes:
-        try:
-            with open_file(self.name(index)) as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(file.tell() - length, 0))
-                return file.read()
-        except OSError:
-            return b""
+        return read_end(self.name(index), length)
 
     def head(self, index: int, length: int = HEAD) -> bytes:
         try:
