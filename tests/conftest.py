@@ -1,4 +1,4 @@
-"""The option --slow, and skipped tests: every run ends with their list by reason, and a skip without a reason fails."""
+"""The option --slow, and skipped tests: a run ends with their list by reason, and a skip without a reason fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 
 NO_REASON = ("", "unconditional skip")  # pytest's words for a skip and a mark without a reason
 SHOWN = 3  # tests of one reason
@@ -20,6 +21,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def _reason(report: Any) -> str | None:
