@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from crossmae.data import pixels as pixels_module
 from crossmae.data.images import ImageLimits, decode_image
-from crossmae.data.pixels import centre_view, decode_plain, random_crop, read_tensor, to_tensor
+from crossmae.data.pixels import RandomCrop, centre_view, decode_plain, read_tensor, to_tensor
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 
@@ -103,7 +103,7 @@ def smooth_picture(draw: np.random.Generator, height: int, width: int, mode: str
 def test_random_crops_are_as_exact_as_those_of_pillow(size: tuple[int, int], mode: str) -> None:
     """Enlarged and reduced, against bicubic sampling in double precision, in grey levels."""
     draw, interpolation = np.random.default_rng(0), InterpolationMode.BICUBIC
-    ours = random_crop(size, (0.2, 1.0), 0.5)
+    ours = RandomCrop(size, (0.2, 1.0), 0.5)
     cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
     theirs = v2.Compose([cut, v2.RandomHorizontalFlip(0.5), v2.PILToTensor()])
     errors = []
