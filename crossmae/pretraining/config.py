@@ -31,7 +31,7 @@ class PretrainDataConfig(DataConfig):
     """Settings of `DataConfig`, and the place of cropping."""
 
     crop_on: Literal["cpu", "device"] = Field(
-        "cpu", description="device: workers only decode, and crops are resized on runtime.device; not run on a GPU yet"
+        "cpu", description="device: crops are resized on the GPU, and workers only decode; not run on a GPU yet"
     )
 
 

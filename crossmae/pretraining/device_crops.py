@@ -104,7 +104,7 @@ def plan_chunks(shapes: Iterable[tuple[int, ...]], channels: int, size: tuple[in
 
 
 def resize_crops(crops: PackedCrops, device: torch.device, most: int = MOST_ELEMENTS) -> Tensor:
-    """Resize and flip packed crops on a device.
+    """Resize and flip the crops of a batch on a device.
 
     Products are in float32, also within autocast. TF32 holds 8-bit pixels exactly, and rounds the weights.
 
@@ -134,6 +134,7 @@ def _resize_chunk(
     Args:
         places: offset, height, width and flip of each crop (n,).
         padded: (height, width) of the largest crops.
+        most: see `pack_crops`. Rows of crops that are larger are resized in bands.
     """
     offset, height, width, flip = places
     along_rows = bicubic_weights(width, padded[1], size[1], flip).mT
@@ -156,7 +157,7 @@ def _resize_chunk(
 
 
 def _to_grey_levels(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round the values of 8-bit images to 0 .. 255, in place."""
+    """Round and clip the values of 8-bit images, in place."""
     return values if dtype.is_floating_point else values.clamp_(0, 255).round_()
 
 
@@ -183,8 +184,8 @@ def bicubic_weights(sides: Tensor, padded: int, size: int, flip: Tensor | None =
     # Centres of pixels, in units of half the filter's reach.
     scale = sides / size
     unit = scale.clamp(min=1)
-    source = torch.where(source < sides, (source + 0.5) / unit, math.inf)
-    distance = (source - (target + 0.5) * scale / unit).abs_()  # (n, size, padded)
+    centres = ((source + 0.5) / unit).masked_fill_(source >= sides, math.inf)
+    distance = (centres - (target + 0.5) * scale / unit).abs_()  # (n, size, padded)
     # Twice the filter: its cubic pieces, from 0 to 1 and from 1 to 2, as sums of powers that end at 1 and at 2.
     near, far = (1 - distance).relu_(), (2 - distance).relu_()
     weights = (far - 1).mul_(far).mul_(far).addcmul_(near, torch.rsub(near, 2, alpha=4).mul_(near))

@@ -93,7 +93,7 @@ def collate_decoded(size: tuple[int, int], samples: list[Any]) -> PackedBatch | 
 
 
 def images_on(device: torch.device, images: Tensor | PackedCrops) -> Tensor:
-    """Transfer images (B, C, H, W), or resize packed crops, on a device."""
+    """Transfer images to a device, or resize packed crops there."""
     if isinstance(images, PackedCrops):
         return resize_crops(images, device)
     return images.to(device, non_blocking=True)

@@ -125,6 +125,21 @@ def test_random_crops_are_as_exact_as_those_of_pillow(size: tuple[int, int], mod
     assert own < 1.05 * of_pillow < 0.4
 
 
+def test_crops_are_drawn_and_computed_as_torchvision_does() -> None:
+    """To the bit, for the same random numbers, which leave the generator in the same state."""
+    draw, interpolation = np.random.default_rng(1), InterpolationMode.BICUBIC
+    ours = RandomCrop((24, 40), (0.2, 1.0), 0.3)
+    cut = v2.RandomResizedCrop((24, 40), scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
+    theirs = v2.Compose([cut, v2.RandomHorizontalFlip(0.3)])
+    for seed in range(20):
+        pixels = torch.from_numpy(draw.integers(0, 256, (3, 50, 60 + seed), np.uint8))
+        results = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            results.append((transform(pixels), torch.rand(3)))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 # Plain JPEG and PPM files, without Pillow
 
 
