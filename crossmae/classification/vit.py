@@ -21,6 +21,7 @@ from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 from crossmae.models.layers import LayerNorm
+from crossmae.models.linear import use_linear
 from crossmae.pretraining.config import Pool
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def build_vit(
     )
     if num_classes:
         model.add_module("head", build_head(architecture.embed_dim, num_classes, head))
+    use_linear(model)
     return model
 
 

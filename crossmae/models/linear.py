@@ -29,6 +29,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def use_linear(model: nn.Module) -> None:
+    """Make every linear layer of a model a `Linear`, in place.
+
+    Weights, names and subclasses of torch's layer do not change.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a linear layer to x (..., I), as `torch.nn.functional.linear` does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from crossmae.models import linear as module
 from crossmae.models.crossmae import CrossMAE
-from crossmae.models.linear import Linear, linear, torch_products
+from crossmae.models.linear import Linear, linear, torch_products, use_linear
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -100,3 +101,19 @@ def test_every_large_layer_of_the_model_is_fast(calls: list[tuple[int, ...]]) ->
     # Patches; qkv, proj, fc1, fc2 of 2 blocks; q, kv, proj, fc1, fc2 of 3 blocks; decoder_pred: each three times, but
     # the gradient of the pixels.
     assert len(calls) == 3 * (1 + 2 * 4 + 3 * 5 + 1) - 1
+
+
+def test_layers_of_other_libraries_become_fast_in_place(calls: list[tuple[int, ...]]) -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), Special(7, 5))
+    names, x = list(model.state_dict()), torch.randn(4, 5)
+    expected = model(x)
+    use_linear(model)
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [(4, 5, 7)]
+    assert list(model.state_dict()) == names
+    assert type(model[2]) is Special
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    assert len(calls) == 2
