@@ -41,7 +41,6 @@ from crossmae.files.claim import claim
 from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_compilation, choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
-from crossmae.training.optimizers import can_skip
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement, resumed_precision
 from crossmae.training.schedule import Schedule
@@ -199,7 +198,7 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     folder, schedule, resumed = run.folder, job.schedule, job.start is not None
     device = next(job.model.parameters()).device
     compiled, sentence = choose_compilation(run.compiled, device)
-    values = (run.ema, run.clip_grad, compiled, job.start, run.ema_power, steps_unread(device, job.optimizer))
+    values = (run.ema, run.clip_grad, compiled, job.start, run.ema_power, steps_unread(device))
     state = TrainingState(job.model, job.optimizer, ranks, precision, *values)
     watch = job.watch_broken(folder, resumed)
     job.announce(state.step)
@@ -231,12 +230,12 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
         log.info(line)
 
 
-def steps_unread(device: torch.device, optimizer: torch.optim.Optimizer) -> int:
+def steps_unread(device: torch.device) -> int:
     """Return the largest number of steps between two checks of the gradients.
 
     A GPU computes ahead while the host prepares the next steps. A check in every step would make the host wait.
     """
-    return MOST_UNREAD if device.type == "cuda" and can_skip(optimizer) else 1
+    return MOST_UNREAD if device.type == "cuda" else 1
 
 
 class TrainingSteps:

@@ -21,6 +21,7 @@ from crossmae.checkpoints.run_checkpoint import MODEL, STATE, CheckpointWriter, 
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
 from crossmae.errors import UserError, shorten
 from crossmae.training.devices import compile_blocks, open_autocast
+from crossmae.training.optimizers import can_skip
 from crossmae.training.processes import Ranks
 from crossmae.training.versions import versions
 
@@ -102,8 +103,8 @@ class TrainingState:
         clip_grad: largest norm of the gradients; None: no clipping.
         compiled: compile the blocks of the model in training steps.
         start: checkpoint to continue from; None: a new run.
-        check_every: steps after which the host reads whether the gradients were finite. More than 1 needs an optimizer
-            that `can_skip`. fp16 ignores it, because its scaler waits for the device in every step.
+        check_every: steps after which the host reads whether the gradients were finite. It is 1 for optimizers that
+            cannot skip an update on the device, and for fp16, whose scaler waits for the device in every step.
 
     Attributes:
         skipped: consecutive steps that fp16 skipped.
@@ -133,9 +134,7 @@ class TrainingState:
         self.kept: dict[str, Any] = {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.autocast = open_autocast(precision, self.device)
-        self.check_every, self.deferred = check_every, None
-        if check_every > 1 and not self.scaler.is_enabled():
-            self.deferred = DeferredCheck(optimizer, list(model.named_parameters()), self.device)
+        self.check_every = check_every
         state = None
         if start:
             log.info("continuing from %s", start)
@@ -146,13 +145,19 @@ class TrainingState:
         # In place, after the copy for the average. Copies are not compiled.
         self.is_compiled = compiled and bool(compile_blocks(model))
         self.parallel = model if ranks.world_size == 1 else average_gradients(model, self.device, self.is_compiled)
-        if state is None or start is None:
-            return
+        if state is not None and start is not None:
+            self.restore(state, start)
+        self.deferred = None
+        if check_every > 1 and not self.scaler.is_enabled() and can_skip(optimizer):
+            self.deferred = DeferredCheck(optimizer, list(model.named_parameters()), self.device)
+
+    def restore(self, state: Mapping[str, Any], start: Path) -> None:
+        """Continue from everything but the weights of a checkpoint."""
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
-        own = own_losses(state["losses"], ranks.rank)
+        own = own_losses(state["losses"], self.ranks.rank)
         self.losses = [{name: loss.to(self.device) for name, loss in losses.items()} for losses in own]
         self.kept = dict(state.get("kept", {}))
         if self.ema is not None:
@@ -298,7 +303,7 @@ class TrainingState:
 
 
 def average_gradients(model: nn.Module, device: torch.device, compiled: bool) -> DistributedDataParallel:
-    """Wrap a model to average its gradients over all processes, during the backward pass.
+    """Wrap a model to average gradients over processes, during the backward pass.
 
     Compiled blocks stay inside of the wrapper: the gradients of a block are sent while the blocks before it are
     computed. `static_graph` would bring nothing, since all trained parameters are used in every step. The gradients are
