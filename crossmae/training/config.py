@@ -235,6 +235,7 @@ class RunSettings:
     ema_power: float = 2 / 3
     clip_grad: float | None = None
     compiled: bool | Literal["auto"] = False
+    compile_key: str = "runtime.compile"
     keep: int = 2
     log_every: int = 20
     wandb: str | None = None

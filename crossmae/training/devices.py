@@ -96,7 +96,7 @@ def choose_compilation(wanted: bool | Literal["auto"], device: torch.device) -> 
     if wanted == "auto":
         wanted = device.type == "cuda" and not obstacle
     if wanted:
-        return True, "the blocks are compiled (runtime.compile), so the first step takes longer"
+        return True, "the blocks are compiled, so the first step takes longer"
     return False, f"the blocks are not compiled: {obstacle}" if obstacle else ""
 
 

@@ -155,7 +155,7 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
 
 @contextmanager
 def explained_memory(run: RunSettings) -> Iterator[None]:
-    """Explain full memory of the GPU, and workers that were killed."""
+    """Explain full GPU memory, failed compilation, and workers that were killed."""
     try:
         with explain_dead_workers(run.workers_key, lambda: latest_checkpoint(run.folder)):
             yield
@@ -163,6 +163,13 @@ def explained_memory(run: RunSettings) -> Iterator[None]:
         raise UserError(
             f"{run.device_key}: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
             f"checkpoint stays. {run.against_full_memory}"
+        ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(
+            f"{run.compile_key}: torch cannot compile the blocks: {reason}. Set {run.compile_key}=false."
         ) from error
 
 

@@ -117,6 +117,20 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
         assert [v for _, v in compiled] == pytest.approx([v for _, v in eager], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_that_cannot_be_compiled_are_an_error_with_advice(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(state, "compile_blocks", partial(compile_blocks, backend=backend))
+    torch.compiler.reset()
+    config = make_config(images, tmp_path / "run", runtime={"compile": True})
+    with pytest.raises(UserError, match=r"compile: torch cannot compile .*no such instruction.*compile=false\.$"):
+        pretrain(config)
+
+
 @pytest.mark.parametrize(
     ("channels", "mode", "bit_depth"), [(1, "L", 8), (1, "L", 16), (4, "RGBA", 8), (4, "RGBA", 16), (5, None, 16)]
 )
