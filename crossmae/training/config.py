@@ -102,7 +102,7 @@ class ConfigSection(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # By default, pydantic converts true to 1.
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        if isinstance(value, bool) and annotation is not bool and value not in get_args(annotation):
             raise ValueError("input should not be true or false")
         return value
 
@@ -176,7 +176,7 @@ class RuntimeConfig(ConfigSection):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where it is faster; fp16 comes with a loss scaler"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Literal["auto", True, False] = Field(
         "auto", description="compile the blocks: a slow first step, faster ones after it; auto: on a GPU"
     )
     activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")

@@ -92,6 +92,24 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_a_gpu_compiles_its_blocks_and_trains_the_same(
+    images: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str
+) -> None:
+    """Not run on a GPU yet. `auto` compiles, evaluations included in the run do not."""
+    settings = judged(labelled) | {"schedule": {"epochs": 2}, "optim": {"ema": 0.9, "clip_grad": 1.0}}
+    for compiled in (False, "auto"):
+        caplog.clear()
+        runtime = {"device": "cuda", "precision": precision, "compile": compiled}
+        with caplog.at_level("INFO"):
+            pretrain(make_config(images, tmp_path / str(compiled), **settings, runtime=runtime))
+        assert ("the blocks are compiled" in caplog.text) == (compiled == "auto")
+    for key in ("loss", "val_loss"):
+        eager, found = (log_lines(tmp_path / name, key) for name in ("False", "auto"))
+        assert [v for _, v in found] == pytest.approx([v for _, v in eager], rel=2e-2)
+
+
 # torch hides this warning of its own access, but not from pytest, which turns it into an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -136,9 +136,11 @@ class ClippingAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def small_state(kind: type[torch.optim.AdamW], clip: float | None, check_every: int) -> run_module.TrainingState:
+def small_state(
+    kind: type[torch.optim.AdamW], clip: float | None, check_every: int, device: str = "cpu"
+) -> run_module.TrainingState:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).to(device)
     optimizer = kind(model.parameters(), lr=0.1, fused=True)
     values = ("fp32", 0.9, clip, False, None)
     return run_module.TrainingState(model, optimizer, Ranks(), *values, check_every=check_every)
@@ -148,15 +150,16 @@ def square_loss(model: nn.Module, batch: torch.Tensor, number: int) -> run_modul
     return {"loss": model(batch).square().mean()}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, ClippingAdamW])
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("bad", [None, 0, 3])
 def test_a_deferred_check_leaves_the_state_before_the_first_bad_step(
-    kind: type[torch.optim.AdamW], clip: float | None, bad: int | None
+    kind: type[torch.optim.AdamW], clip: float | None, bad: int | None, device: str
 ) -> None:
     """Good steps equal those of a check in every step, to the bit, and steps after a bad one change nothing."""
-    batches = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(1))
-    checked, deferred = (small_state(kind, clip, every) for every in (1, 100))
+    batches = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    checked, deferred = (small_state(kind, clip, every, device) for every in (1, 100))
     for number, batch in enumerate(batches):
         for state in (checked, deferred):
             if state is checked and bad is not None and number >= bad:
