@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
+import timm.layers
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from crossmae.checkpoints.loading import check_plain, load
 from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
-from crossmae.models.layers import LayerNorm
+from crossmae.models.layers import DropPath, LayerNorm
 from crossmae.models.linear import use_linear
 from crossmae.pretraining.config import Pool
 
@@ -149,6 +150,10 @@ def build_vit(
         drop_path_rate=drop_path,
         norm_layer=LayerNorm,
     )
+    for block in model.blocks:
+        for name in ("drop_path1", "drop_path2"):
+            if isinstance(getattr(block, name), timm.layers.DropPath):
+                setattr(block, name, DropPath(getattr(block, name).drop_prob))  # the same, but compiled only once
     if num_classes:
         model.add_module("head", build_head(architecture.embed_dim, num_classes, head))
     use_linear(model)

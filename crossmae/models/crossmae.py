@@ -211,8 +211,9 @@ class CrossMAE(ViTEncoder):
         positions = self.decoder_pos_embed[:, 1:].expand(predict_idx.shape[0], -1, -1)
         x = gather_tokens(positions, predict_idx) + self.mask_token  # (B, M, D)
         for index, block in enumerate(self.decoder_blocks):
-            context = self.dec_norms[index](contexts[index]) if self.fused_blocks else contexts[index]
-            x = self.run_block(block, x, context)
+            # A block also normalises its context, so that compilation fuses the norm with the products after it.
+            norm = self.dec_norms[index] if self.fused_blocks else None
+            x = self.run_block(block, x, contexts[index], norm)
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, pred: Tensor, imgs: Tensor, idx: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, L patches, V visible patches, K class tokens, E width. Key name
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ class ViTEncoder(nn.Module):
                 maps.append(tokens)
         return maps
 
-    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
         """Run a block, and recompute activations if `activation_checkpointing` is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,20 +93,29 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, samples lose the branch with probability `drop_prob` (arXiv 1603.09382)."""
 
+    share: Tensor  # of the samples that keep the branch
+
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
+        self.register_buffer("share", torch.tensor(1 - drop_prob), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Set random samples of x (B, ...) to 0.
 
         The other samples are divided by the expected share of kept samples.
         """
-        if not self.training or self.drop_prob == 0:
+        if not self.training:
+            return x
+        shape = (len(x),) + (1,) * (x.ndim - 1)
+        if torch.compiler.is_compiling():
+            # Code that reads the probability from a tensor is compiled once for the different rates of all blocks.
+            return x * ((torch.rand(shape, device=x.device) < self.share) / self.share).to(x.dtype)
+        if self.drop_prob == 0:
             return x
         kept = 1 - self.drop_prob
         # Drawn like timm's DropPath: the same seed drops the same samples.
-        drawn = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(kept)
+        drawn = x.new_empty(shape).bernoulli_(kept)
         return x * (drawn / kept)
 
 
@@ -142,8 +152,13 @@ class CrossBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Update tokens (B, M, D) from a normalised context (B, S, E)."""
+    def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
+        """Update tokens (B, M, D) from a context (B, S, E).
+
+        Args:
+            context_norm: norm of the context. None: the context is normalised.
+        """
+        context = context if context_norm is None else context_norm(context)
         if self.has_self_attention:
             x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), context)

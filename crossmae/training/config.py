@@ -101,7 +101,8 @@ class ConfigSection(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # By default, pydantic converts true to 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool and value not in get_args(annotation):
             raise ValueError("input should not be true or false")
         return value
 
@@ -175,7 +176,9 @@ class RuntimeConfig(ConfigSection):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where it is faster; fp16 comes with a loss scaler"
     )
-    compile: bool = Field(False, description="torch.compile: a slow first step, faster ones after it")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="compile the blocks: a slow first step, faster ones after it; auto: on a GPU"
+    )
     activation_checkpointing: bool = Field(False, description="compute blocks twice instead of keeping what they made")
     seed: int = Field(0, ge=0, le=2**63 - 1)
     timeout_minutes: Positive = Field(30, description="several processes: longest time that they wait for each other")
@@ -209,6 +212,7 @@ class RunSettings:
         config_text: content of config.yaml.
         ema, ema_power: decay of the averaged weights, None: no average; and how fast the decay rises to it.
         clip_grad: largest norm of the gradients; None: no clipping.
+        compiled: compile the blocks; "auto": on a GPU.
         keep: number of checkpoints to keep.
         log_every: steps between two lines of the log.
         timeout_minutes: longest time that the processes wait for each other.
@@ -230,7 +234,8 @@ class RunSettings:
     ema: float | None = None
     ema_power: float = 2 / 3
     clip_grad: float | None = None
-    compiled: bool = False
+    compiled: bool | Literal["auto"] = False
+    compile_key: str = "runtime.compile"
     keep: int = 2
     log_every: int = 20
     wandb: str | None = None

@@ -1,13 +1,23 @@
-"""Device and precision of the computation."""
+"""Device, precision and compilation of the computation."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from importlib.util import find_spec
+from typing import Literal
+
 import torch
+from torch import nn
 
 from crossmae.errors import UserError, counted
 
 # From this width on, bf16 is faster than fp32 on processors that multiply it. Below, conversions cost more than that.
 BF16_WIDTH = 384
+
+TRITON_CAPABILITY = (7, 0)  # lowest compute capability that Triton supports
+_REGION = re.compile(r"(.*\.)?((decoder_)?blocks\.\d+|wfm)")  # names of the modules that `compile_blocks` compiles
 
 
 def open_autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -74,3 +84,52 @@ def describe_place(device: torch.device, precision: str, processes: int) -> str:
     """Format device, processes and precision for the log."""
     more = f" and {counted(processes - 1, 'more process')}" if processes > 1 else ""
     return f"{device}{more} in {precision}"
+
+
+def choose_compilation(wanted: bool | Literal["auto"], device: torch.device) -> tuple[bool, str]:
+    """Resolve "auto": compile on a GPU where torch.compile works.
+
+    Returns:
+        The decision, and a sentence about it for the log. The sentence is "" for a CPU without compilation.
+    """
+    obstacle = compile_obstacle(device) if wanted == "auto" else ""
+    if wanted == "auto":
+        wanted = device.type == "cuda" and not obstacle
+    if wanted:
+        return True, "the blocks are compiled, so the first step takes longer"
+    return False, f"the blocks are not compiled: {obstacle}" if obstacle else ""
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """Return the reason why torch cannot compile for a GPU, or ""."""
+    if device.type != "cuda":
+        return ""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if (found := torch.cuda.get_device_capability(device)) < TRITON_CAPABILITY:
+        return f"Triton does not support compute capability {found[0]}.{found[1]}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler"
+    return ""
+
+
+def compile_blocks(
+    model: nn.Module, dynamic: bool | None = False, fullgraph: bool = True, backend: str = "inductor"
+) -> list[str]:
+    """Compile every transformer block and the mix of feature maps, in place.
+
+    Blocks of equal structure share their compiled code, so that 24 blocks take the time of one. State dicts, pickles
+    and deep copies of the model do not change: copies are not compiled.
+
+    Args:
+        dynamic: False: each input shape is compiled. None: after a second shape, code for all shapes.
+        fullgraph: raise an error where a block cannot be one graph.
+        backend: see `torch.compile`.
+
+    Returns:
+        Names of the compiled modules.
+    """
+    regions = {name: module for name, module in model.named_modules() if _REGION.fullmatch(name)}
+    for module in regions.values():
+        module.compile(dynamic=dynamic, fullgraph=fullgraph, backend=backend)
+    return list(regions)

@@ -39,7 +39,7 @@ from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, shorten
 from crossmae.files import write_atomically, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import RunSettings
-from crossmae.training.devices import choose_precision, open_device
+from crossmae.training.devices import choose_compilation, choose_precision, open_device
 from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement, resumed_precision
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 OPTIMIZER_COPIES = 2  # tensors of AdamW for each parameter
+MOST_UNREAD = 100  # largest number of steps until the host learns of a gradient that is not finite
 MOST_SUSPECTS = 8  # largest number of images that an error of divergence names
 
 NameImages = Callable[[], list[str]]
@@ -154,7 +155,7 @@ def train(run: RunSettings, build_job: Callable[[Ranks, torch.device, str], Job]
 
 @contextmanager
 def explained_memory(run: RunSettings) -> Iterator[None]:
-    """Explain full memory of the GPU, and workers that were killed."""
+    """Explain full GPU memory, failed compilation, and workers that were killed."""
     try:
         with explain_dead_workers(run.workers_key, lambda: latest_checkpoint(run.folder)):
             yield
@@ -162,6 +163,13 @@ def explained_memory(run: RunSettings) -> Iterator[None]:
         raise UserError(
             f"{run.device_key}: the GPU's memory is full ({str(error).splitlines()[0]}). The last "
             f"checkpoint stays. {run.against_full_memory}"
+        ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(
+            f"{run.compile_key}: torch cannot compile the blocks: {reason}. Set {run.compile_key}=false."
         ) from error
 
 
@@ -195,10 +203,14 @@ def claimed(run: RunSettings, job: Job, found: list[str]) -> Iterator[None]:
 def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     """Restore the training state, open the logs, and run the steps."""
     folder, schedule, resumed = run.folder, job.schedule, job.start is not None
-    values = (run.ema, run.clip_grad, run.compiled, job.start, run.ema_power)
+    device = next(job.model.parameters()).device
+    compiled, sentence = choose_compilation(run.compiled, device)
+    values = (run.ema, run.clip_grad, compiled, job.start, run.ema_power, steps_unread(device))
     state = TrainingState(job.model, job.optimizer, ranks, precision, *values)
     watch = job.watch_broken(folder, resumed)
     job.announce(state.step)
+    if sentence:
+        log.info("%s", sentence)
     wandb = start_wandb(run.wandb, folder, run.settings, resumed) if ranks.is_main and run.wandb else None
     records = RunLog(folder, schedule, state.step, resumed, ranks.is_main, job.word, wandb)
     if ranks.is_main:
@@ -212,6 +224,7 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     writer = CheckpointWriter()
 
     def save() -> None:
+        state.check_gradients()
         state.check_weights()
         record = {"batches_consumed": schedule.batches_done(state.step), **about}
         state.save(writer, folder, run.keep, job.metadata(state.step), record)
@@ -222,6 +235,14 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
         steps.run(batches, resumed)
     for line in records.summary():
         log.info(line)
+
+
+def steps_unread(device: torch.device) -> int:
+    """Return the largest number of steps between two checks of the gradients.
+
+    A GPU computes ahead while the host prepares the next steps. A check in every step would make the host wait.
+    """
+    return MOST_UNREAD if device.type == "cuda" else 1
 
 
 class TrainingSteps:
@@ -246,7 +267,8 @@ class TrainingSteps:
         self.job, self.state, self.records, self.request = job, state, records, request
         self.writer, self.save, self.watch, self.settings = writer, save, watch, settings
         self.saved: int | None = None  # step of the last checkpoint
-        self.names: list[NameImages] = []  # of the micro-batches of the current step
+        # Step and images of the micro-batches of the current step, and of steps whose gradients are not checked yet.
+        self.names: list[tuple[int, NameImages]] = []
         self.start_window()
 
     def run(self, batches: Iterator[Any], resumed: bool) -> None:
@@ -255,45 +277,54 @@ class TrainingSteps:
         Raises UserError if an image is broken, or a loss, a gradient or a weight is not finite. The last checkpoint
         stays. A stop request ends the run as in `StopRequest.end`.
         """
-        state, last_step = self.state, self.job.schedule.last_step
-        self.saved = state.step if resumed else None
+        self.saved = self.state.step if resumed else None
         try:
+            try:
+                self.run_steps(batches, resumed)
+            except StopAsked:
+                self.stop()
+        except Diverged as error:
+            self.explain(error)
+
+    def run_steps(self, batches: Iterator[Any], resumed: bool) -> None:
+        """Run to the last step, with all measurements.
+
+        Raises StopAsked after a stop request, and Diverged.
+        """
+        state, last_step = self.state, self.job.schedule.last_step
+        with state.evaluating():
             self.job.callbacks.begin(state, self.records)
             if resumed:
                 self.job.callbacks.measure(state, self.records)  # it may have been cut off
-            if last_step == 0:  # only the initial weights are wanted
-                self.save()
-            self.request.start_clock()
-            self.start_window()
-            while state.step < last_step:
-                self.step(batches)
-                self.log_and_save()
-                if self.request.is_agreed() and state.step < last_step:
-                    raise StopAsked
-        except StopAsked:
-            self.stop()
-        except Diverged as error:
-            self.explain(error)
+        if last_step == 0:  # only the initial weights are wanted
+            self.save()
+        self.request.start_clock()
+        self.start_window()
+        while state.step < last_step:
+            self.step(batches)
+            self.log_and_save()
+            if self.request.is_agreed() and state.step < last_step:
+                raise StopAsked
 
     def step(self, batches: Iterator[Any]) -> None:
         """Make one optimizer step."""
         job, state = self.job, self.state
         numbers = job.schedule.micro_batches(state.step)
-        self.names.clear()
+        self.forget_names()
         for number in numbers:
             # Fetch a micro-batch.
             asked = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - asked
             self.watch(batch)
-            self.names.append(job.name_images(batch))
+            self.names.append((state.step, job.name_images(batch)))
             # Forward and backward: gradients of the micro-batches add up.
             is_last = number == numbers[-1]
             state.losses.append(state.forward_backward(job.loss, batch, number, len(numbers), is_last))
         # Check, clip, and update.
         self.lr = job.schedule.lr_at(state.step)
         state.update(self.lr)
-        self.names.clear()
+        self.forget_names()
         self.records.bar.update()
         self.done += len(numbers)
 
@@ -301,7 +332,11 @@ class TrainingSteps:
         """Log, save and measure if this is due after a step."""
         job, state = self.job, self.state
         saves = job.saves_after(state.step)
-        if saves or state.step % self.settings.log_every == 0:
+        logs = saves or state.step % self.settings.log_every == 0
+        if logs or job.callbacks.is_due(state.step) or state.step == job.schedule.last_step:
+            state.check_gradients()
+            self.forget_names()
+        if logs:
             losses = state.mean_losses()  # waits for the device, so that the time is measured correctly
             elapsed = time.perf_counter() - self.begun
             speed = self.done * job.schedule.images_per_batch / elapsed
@@ -317,8 +352,14 @@ class TrainingSteps:
             self.saved = state.step
         if job.callbacks.is_due(state.step):
             self.writer.wait()
-        job.callbacks.measure(state, self.records)
+        with state.evaluating():
+            job.callbacks.measure(state, self.records)
         self.begun += time.perf_counter() - paused  # the speed excludes measuring and saving
+
+    def forget_names(self) -> None:
+        """Forget the images of steps whose gradients were finite."""
+        if not self.state.unread:
+            self.names.clear()
 
     def start_window(self) -> None:
         """Begin to measure the speed for the next line of the log."""
@@ -343,15 +384,19 @@ class TrainingSteps:
 
         If all losses of the step are finite, return all images of the step, after False.
         """
-        names, recent = self.names, self.state.losses[-len(self.names) :] if self.names else []
-        finite = [all(bool(loss.isfinite()) for loss in losses.values()) for losses in recent]
-        bad = [these for these, is_finite in zip(names, finite, strict=False) if not is_finite]
-        return bool(bad), [name for these in (bad or names) for name in these()]
+        recent = self.state.losses[-len(self.names) :] if self.names else []
+        of_step = [
+            (names, losses.values())
+            for (step, names), losses in zip(self.names, recent, strict=False)
+            if step == self.state.step
+        ]
+        bad = [names for names, losses in of_step if not all(bool(loss.isfinite()) for loss in losses)]
+        return bool(bad), [name for names in (bad or [names for names, _ in of_step]) for name in names()]
 
     def explain(self, error: Diverged) -> NoReturn:
         """Raise UserError, with the names of the suspected images."""
         state, run = self.state, self.settings
-        told = [(True, self.names[-1]() if self.names else [])]
+        told = [(True, self.names[-1][1]() if self.names else [])]
         if error.is_shared:
             told = state.ranks.gather(self.suspects())
             if not state.ranks.is_main:

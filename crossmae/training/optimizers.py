@@ -64,6 +64,14 @@ def make_optimizer(
     return MuonWithAdamW(hidden, others, lr, betas)
 
 
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Check for an optimizer that can skip an update without the host.
+
+    Such an optimizer reads its attribute `found_inf`, which is public for the loss scaler of mixed precision.
+    """
+    return isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+
+
 def split_groups(
     model: nn.Module, groups: Iterable[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -19,8 +19,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from crossmae.checkpoints.reading.files import read_safetensors
 from crossmae.checkpoints.run_checkpoint import MODEL, STATE, CheckpointWriter, read_state
 from crossmae.checkpoints.weights import check_finite, describe_non_finite
-from crossmae.errors import UserError
-from crossmae.training.devices import open_autocast
+from crossmae.errors import UserError, shorten
+from crossmae.training.devices import compile_blocks, open_autocast
+from crossmae.training.optimizers import can_skip
 from crossmae.training.processes import Ranks
 from crossmae.training.versions import versions
 
@@ -45,6 +46,53 @@ class Diverged(ArithmeticError):
         self.is_shared = is_shared
 
 
+class DeferredCheck:
+    """Check of the gradients on the device, so that the host does not wait for every step.
+
+    From the first step on whose gradient is not finite, the optimizer skips its updates: model and moments stay as they
+    were before the step until the host reads the check. The average of the weights moves on, but a run saves nothing
+    before it has read the check.
+
+    Args:
+        optimizer: one that `can_skip`.
+        parameters: parameters by name.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]], device: torch.device
+    ) -> None:
+        self.parameters = parameters
+        self.found = torch.zeros((), device=device)  # 1 from the first gradient on that is not finite
+        self.steps: list[tuple[Tensor, Tensor, list[str]]] = []  # norm, and the norms of tensors with these names
+        optimizer.found_inf = self.found  # type: ignore[attr-defined]
+
+    def add(self) -> Tensor:
+        """Compute the norm of all gradients of a step, and note it."""
+        gradients = {name: p.grad for name, p in self.parameters if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        norm = torch.linalg.vector_norm(norms)
+        self.found.logical_or_(norm.isfinite().logical_not())
+        self.steps.append((norm, norms, list(gradients)))
+        return norm
+
+    def read(self) -> tuple[int, str] | None:
+        """Wait for the device, and forget the steps.
+
+        Returns:
+            Number of steps since before the first gradient that is not finite, and a description. None if all are
+            finite.
+        """
+        steps, self.steps = self.steps, []
+        if not self.found.item():
+            return None
+        totals = torch.stack([norm for norm, _, _ in steps]).tolist()
+        first = next(index for index, total in enumerate(totals) if not math.isfinite(total))
+        _, norms, names = steps[first]
+        bad = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        found = f"{len(bad)} of {len(names)} tensors hold NaN or infinity: {shorten(bad)}" if bad else ""
+        return len(steps) - first, describe_gradient(totals[first], found)
+
+
 class TrainingState:
     """Model, optimizer and position of a run between two steps.
 
@@ -53,12 +101,16 @@ class TrainingState:
         precision: "fp32", "bf16" or "fp16".
         ema: decay of the averaged weights; None: no average.
         clip_grad: largest norm of the gradients; None: no clipping.
+        compiled: compile the blocks of the model in training steps.
         start: checkpoint to continue from; None: a new run.
+        check_every: steps after which the host reads whether the gradients were finite. It is 1 for optimizers that
+            cannot skip an update on the device, and for fp16, whose scaler waits for the device in every step.
 
     Attributes:
         skipped: consecutive steps that fp16 skipped.
         losses: losses of the micro-batches since the last line of the log. The average of several processes is logged.
         kept: values that callbacks store in checkpoints and read after a restart.
+        deferred: the check of the gradients on the device; None: the host checks every step.
     """
 
     def __init__(
@@ -72,6 +124,7 @@ class TrainingState:
         compiled: bool,
         start: Path | None,
         ema_power: float = 2 / 3,
+        check_every: int = 1,
     ) -> None:
         self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
         self.parameters = list(model.parameters())  # walking through the modules in every step would take time
@@ -81,6 +134,7 @@ class TrainingState:
         self.kept: dict[str, Any] = {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.autocast = open_autocast(precision, self.device)
+        self.check_every = check_every
         state = None
         if start:
             log.info("continuing from %s", start)
@@ -88,20 +142,22 @@ class TrainingState:
             # An optimizer on the CPU keeps these tensors, and the file is deleted after a later checkpoint.
             state = read_state(start, mapped=self.device.type != "cpu")
         self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=ema_power) if ema else None
-        # Only training steps are compiled. Evaluation uses other shapes and would make the compiled shapes dynamic.
-        self.parallel: nn.Module = cast(nn.Module, torch.compile(model)) if compiled else model
-        if ranks.world_size > 1:
-            ids = [self.device] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.parallel, ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        if state is None or start is None:
-            return
+        # In place, after the copy for the average. Copies are not compiled.
+        self.is_compiled = compiled and bool(compile_blocks(model))
+        self.parallel = model if ranks.world_size == 1 else average_gradients(model, self.device, self.is_compiled)
+        if state is not None and start is not None:
+            self.restore(state, start)
+        self.deferred = None
+        if check_every > 1 and not self.scaler.is_enabled() and can_skip(optimizer):
+            self.deferred = DeferredCheck(optimizer, list(model.named_parameters()), self.device)
+
+    def restore(self, state: Mapping[str, Any], start: Path) -> None:
+        """Continue from everything but the weights of a checkpoint."""
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
-        own = own_losses(state["losses"], ranks.rank)
+        own = own_losses(state["losses"], self.ranks.rank)
         self.losses = [{name: loss.to(self.device) for name, loss in losses.items()} for losses in own]
         self.kept = dict(state.get("kept", {}))
         if self.ema is not None:
@@ -112,6 +168,13 @@ class TrainingState:
     def models(self) -> dict[str, nn.Module]:
         """Model and averaged model, by the suffix of their metrics."""
         return {"": self.model} if self.ema is None else {"": self.model, "_ema": self.ema.module}
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Run compiled blocks as they are.
+
+        Only training steps are compiled. Evaluations have other shapes, and each would be compiled.
+        """
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def check_finite(self, path: Path) -> None:
         """Reject averaged weights and moments that are not finite."""
@@ -141,8 +204,8 @@ class TrainingState:
             lr: learning rate; each parameter group multiplies it by its own `lr_scale`.
 
         Raises:
-            Diverged: The gradient is not finite, in all processes. Model and optimizer are as before the step. Or fp16
-                gradients were not finite in too many consecutive steps.
+            Diverged: The gradient is not finite, in all processes. Model and optimizer are as before the step. With
+                `check_every`, see `check_gradients`. Or fp16 gradients were not finite in too many consecutive steps.
         """
         if not self.scaler.is_enabled() or self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -159,17 +222,38 @@ class TrainingState:
         self.step += 1
         if self.ema is not None and not was_skipped:
             self.ema.update(self.model, self.step)
+        if len(self.unread) >= self.check_every:
+            self.check_gradients()
+
+    @property
+    def unread(self) -> Sequence[Any]:
+        """Steps whose gradients the host has not checked yet."""
+        return self.deferred.steps if self.deferred else ()
+
+    def check_gradients(self) -> None:
+        """Check the gradients since the last check.
+
+        This waits for the device. It must precede every use of the weights that outlasts the run.
+
+        Raises:
+            Diverged: A gradient was not finite, in all processes. `step`, model and optimizer are as before its step.
+        """
+        if self.deferred is not None and self.unread and (found := self.deferred.read()):
+            behind, text = found
+            self.step -= behind
+            raise Diverged(text)
 
     def gradient_norm(self) -> Tensor:
         """Compute the norm of all gradients.
 
         Raises Diverged if it is not finite. With fp16, the update is skipped instead.
         """
+        if self.deferred is not None:
+            return self.deferred.add()
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not self.scaler.is_enabled() and not norm.isfinite():
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-            found = describe_non_finite(gradients) or "no single gradient is infinite"
-            raise Diverged(f"the norm of the gradient is {norm.item()} ({found})")
+            raise Diverged(describe_gradient(norm.item(), describe_non_finite(gradients)))
         return norm
 
     def mean_losses(self) -> dict[str, float]:
@@ -216,6 +300,24 @@ class TrainingState:
             state["ema"] = self.ema.module.state_dict()
         record = {"step": self.step, **record, "versions": versions()}
         writer.save(run, self.step, self.model.state_dict(), metadata, state, record, keep)
+
+
+def average_gradients(model: nn.Module, device: torch.device, compiled: bool) -> DistributedDataParallel:
+    """Wrap a model to average gradients over processes, during the backward pass.
+
+    Compiled blocks stay inside of the wrapper: the gradients of a block are sent while the blocks before it are
+    computed. `static_graph` would bring nothing, since all trained parameters are used in every step. The gradients are
+    views of the buckets that are sent. Micro-batches that are not sent add to the same gradients.
+    """
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # it would split a block that is larger than a bucket
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def describe_gradient(norm: float, found: str) -> str:
+    """Describe a gradient that is not finite."""
+    return f"the norm of the gradient is {norm} ({found or 'no single gradient is infinite'})"
 
 
 def add_up(losses: Losses) -> Tensor:

@@ -165,7 +165,7 @@ MUTATIONS = {
     "pending_losses": Mutation(
         "a resumed run has the losses since the last line of the log",
         STATE,
-        '        own = own_losses(state["losses"], ranks.rank)\n',
+        '        own = own_losses(state["losses"], self.ranks.rank)\n',
         "        own: list[Losses] = []\n",
         (SIGNALS, "-k", "finetune and nothing and step-signals0 and not first"),
     ),
@@ -182,6 +182,20 @@ MUTATIONS = {
         "if not self.scaler.is_enabled() and not norm.isfinite():",
         "if self.scaler.is_enabled() and not norm.isfinite():",
         (RANKS, "-k", "NaN and pretrain"),
+    ),
+    "deferred_gradient": Mutation(
+        "updates after a gradient that is not finite are skipped on the device",
+        STATE,
+        "        optimizer.found_inf = self.found  # type: ignore[attr-defined]\n",
+        "",
+        ("tests/crossmae/training/test_state.py", "-k", "deferred_check_leaves"),
+    ),
+    "deferred_check": Mutation(
+        "deferred checks precede every measurement",
+        "crossmae/training/loop.py",
+        "            state.check_gradients()\n            self.forget_names()\n",
+        "            pass\n",
+        ("tests/crossmae/training/test_state.py", "-k", "names_the_bad_images"),
     ),
     "finite_weights": Mutation(
         "weights are finite before every save",

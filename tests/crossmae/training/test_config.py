@@ -34,6 +34,13 @@ def test_values_come_from_file_then_command_line(config_file: Path) -> None:
     assert config.schedule.epochs == 800
 
 
+@pytest.mark.parametrize("word, expected", [(None, "auto"), ("auto", "auto"), ("true", True), ("no", False)])
+def test_compilation_is_automatic_on_or_off(config_file: Path, word: str | None, expected: bool | str) -> None:
+    config = load_config(str(config_file), [f"runtime.compile={word}"] if word else [])
+    assert config.runtime.compile is expected
+    assert config.run_settings().compiled is expected
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -48,6 +55,7 @@ def test_values_come_from_file_then_command_line(config_file: Path) -> None:
         ("data.crop_scale=[0.9, 0.2]", r"data: crop_scale must be two shares"),
         ("optim.lr=.nan", r"optim.lr: .*finite"),
         ("model.name=null", r"model.name"),
+        ("runtime.compile=sometimes", r"runtime.compile: input should be 'auto', True or False, got 'sometimes'"),
         ("optim", r"optim: no key=value"),
         ("model.init=' '", r"model.init: an empty path, got ' '\. Name a file or folder\.$"),
         ("optim.lr.x=1", r"optim.lr: .*valid number"),

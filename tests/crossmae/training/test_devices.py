@@ -1,15 +1,32 @@
-"""Proves how `auto` chooses a precision: what a run has recorded, else what is faster on the device."""
+"""Proves how `auto` chooses precision and compilation, and that compiled blocks compute and copy like others.
+
+`auto` takes the precision that a run has recorded, else what is faster on the device.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from crossmae.training.devices import BF16_WIDTH, choose_precision, multiplies_bf16
+from crossmae.classification.vit import Architecture, build_vit
+from crossmae.models.crossmae import CrossMAE
+from crossmae.models.layers import DropPath
+from crossmae.training import devices
+from crossmae.training.devices import (
+    BF16_WIDTH,
+    choose_compilation,
+    choose_precision,
+    compile_blocks,
+    multiplies_bf16,
+)
 from crossmae.training.resume import resumed_precision
 
 CPU = torch.device("cpu")
@@ -57,3 +74,116 @@ def test_the_precision_is_that_of_the_newest_checkpoint_that_records_one(tmp_pat
     for step, odd in enumerate([[], {}, {"fingerprint": 3}, {"fingerprint": {"precision": ["fp32"]}}], start=2):
         write_record(tmp_path, step, odd)
         assert resumed_precision("auto", tmp_path) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "expected"),
+    [
+        (None, (True, "the blocks are compiled")),
+        ("triton", (False, "the blocks are not compiled: Triton is not installed")),
+        ("capability", (False, "the blocks are not compiled: Triton does not support compute capability 6.1")),
+        ("compiler", (False, "the blocks are not compiled: Triton needs a C compiler")),
+    ],
+)
+def test_auto_compiles_on_a_gpu_where_torch_can(
+    monkeypatch: pytest.MonkeyPatch, obstacle: str | None, expected: tuple[bool, str]
+) -> None:
+    monkeypatch.setattr(devices, "find_spec", lambda name: None if obstacle == "triton" else name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1) if obstacle == "capability" else (9, 0))
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None if obstacle == "compiler" else name)
+    monkeypatch.delenv("CC", raising=False)
+    gpu = torch.device("cuda")
+    decision, sentence = choose_compilation("auto", gpu)
+    assert decision is expected[0]
+    assert sentence.startswith(expected[1])
+    assert choose_compilation("auto", CPU) == (False, "")
+    for device in (CPU, gpu):
+        assert choose_compilation(False, device) == (False, "")
+        assert choose_compilation(True, device)[0]
+
+
+Network = tuple[nn.Module, Callable[[nn.Module], Tensor], list[str]]
+
+
+def network(name: str) -> Network:
+    """A model, its loss, and the names of its modules that are compiled."""
+    torch.manual_seed(0)
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    blocks = [f"blocks.{index}" for index in range(12)]
+    if name == "classifier":
+        vit = build_vit(Architecture((32, 32), 8, 3, 16, 12, 2, 4.0), 5)
+        return vit, lambda model: model(images).square().mean(), blocks
+    pretrained = CrossMAE(32, 8, 3, 16, 12, 2, 16, 12, 2, decoder=name)  # type: ignore[arg-type]
+    names = [*blocks, *(["wfm"] if pretrained.fused_blocks else []), *(f"decoder_{block}" for block in blocks)]
+    return pretrained, lambda model: model(images, noise=noise).loss, names
+
+
+def compiled_graphs(model: nn.Module) -> list[Any]:
+    """Compile the blocks of a model, and return the list of graphs, which grows as they are compiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compile_blocks(model, backend=backend)  # type: ignore[arg-type]
+    return graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("name", "graphs"), [("cross", 3), ("cross_self", 3), ("self", 2), ("classifier", 1)])
+def test_blocks_of_equal_structure_share_code_and_copies_are_not_compiled(name: str, graphs: int) -> None:
+    """Twelve blocks are more than torch compiles of one function, so that they must share."""
+    model, loss_of, names = network(name)
+    expected = loss_of(model)
+    expected.backward()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    keys = list(model.state_dict())
+    found = compiled_graphs(model)
+    loss = loss_of(model)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for key, parameter in model.named_parameters():
+        if key in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[key], msg=key)
+    assert len(found) == graphs
+    assert [key for key, module in model.named_modules() if module._compiled_call_impl] == names
+    assert list(model.state_dict()) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(module._compiled_call_impl for module in other.modules())
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        assert loss_of(other) != loss  # it has its own weights
+    assert loss_of(model) == loss
+    assert len(found) == graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_drop_rates_share_code_and_drop_as_often() -> None:
+    model = build_vit(Architecture((32, 32), 8, 3, 16, 12, 2, 4.0), 5, drop_path=0.3)
+    found = compiled_graphs(model)
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert len(found) == 2  # the first block drops nothing
+    layers = nn.ModuleDict({"blocks": nn.ModuleList(DropPath(rate) for rate in (0.0, 0.3, 0.9))})
+    compile_blocks(layers, backend="eager")
+    for layer in layers["blocks"]:  # type: ignore[attr-defined]
+        dropped = layer(torch.ones(20_000, 2))
+        assert torch.equal(dropped[:, 0], dropped[:, 1])
+        share = 1 - layer.drop_prob
+        assert dropped.unique().tolist() == pytest.approx([0, 1 / share] if share < 1 else [1])
+        assert (dropped[:, 0] > 0).float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cross", "classifier"])
+def test_compiled_blocks_on_a_gpu_compute_the_same(name: str) -> None:
+    """Not run on a GPU yet."""
+    with torch.device("cuda"):
+        model, loss_of, _ = network(name)
+    expected = loss_of(model)
+    torch.compiler.reset()
+    compile_blocks(model)
+    torch.testing.assert_close(loss_of(model), expected, rtol=1e-4, atol=1e-5)
