@@ -31,7 +31,7 @@ from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
 from tools.benchmarks.measuring import Comparison, Gate, Row, ScratchFolder, largest_difference
-from tools.benchmarks.pretraining import BETAS, LR, MEAN, STD, WEIGHT_DECAY
+from tools.benchmarks.pretraining import BETAS, LR, MEAN, STD, WEIGHT_DECAY, open_state
 
 Build = Callable[[], Comparison | Row]
 DECAY, CLIP = 0.999, 1.0
@@ -249,7 +249,7 @@ def compare_classifiers(
     precision = choose_precision("auto", device)
 
     def gate() -> Gate:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return Gate(largest_difference([ours.eval()(pixels)], [other.eval()(pixels)]), 1e-5)
 
     return Comparison(
@@ -272,7 +272,7 @@ def our_classifier_step(
     data, loss = LabelledDataConfig(erase=0.0), LossConfig(mixup=0.8)
     objective = Objective(loss, data, labelled, len(batch.images), device)
     made = make_optimizer("adamw", model, layer_groups(model, WEIGHT_DECAY, 0.65), LR, (0.9, 0.999))
-    state = TrainingState(model, made, Ranks(), precision, None, None, False, None)
+    state = open_state(model, made, precision)
     compute = partial(classification_loss, objective, Normalize(MEAN, STD, device), 0, 0)
     model.train()
 
