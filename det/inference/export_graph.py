@@ -20,13 +20,15 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from det.backbone.detector import Detector
+
 
 def obstacle(model: nn.Module) -> str | None:
     """Name a part that cannot be exported, or return None."""
     heads = getattr(model, "roi_heads", None)
     poolers = [module for module in model.modules() if isinstance(module, ROIPooler)]
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
-        ("MODEL.META_ARCHITECTURE", model, (GeneralizedRCNN,)),
+        ("MODEL.META_ARCHITECTURE", model, (GeneralizedRCNN, Detector)),
         ("MODEL.PROPOSAL_GENERATOR.NAME", getattr(model, "proposal_generator", None), (RPN,)),
         ("MODEL.ROI_HEADS.NAME", heads, (StandardROIHeads, CascadeROIHeads)),
         *[("a box predictor", layer, (FastRCNNOutputLayers,)) for layer in _predictors(heads)],
