@@ -10,6 +10,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from det.backbone import vit
+
 
 class Detector(GeneralizedRCNN):
     """detectron2's detector, with one copy of pixels per batch and one normalisation on the device.
@@ -84,21 +86,21 @@ def to_device(instances: Instances, device: torch.device) -> Instances:
 
 
 def use_channels_last(model: GeneralizedRCNN) -> None:
-    """Give the convolutions of the heads channels-last inputs on a GPU.
+    """Give the convolutions of the heads channels-last inputs, on devices in `CHANNELS_LAST`.
 
     Pyramid and proposals have such inputs already: the encoder's output is a channels-last view. Weights stay
-    contiguous. cuDNN converts them in each call, which is cheap.
+    contiguous, and so do checkpoints. cuDNN converts the weights in each call, which is cheap.
     """
     for name in ("box_head", "mask_head"):
         head = getattr(model.roi_heads, name, None)
         for one in head if isinstance(head, nn.ModuleList) else [head]:
             if isinstance(one, nn.Module) and any(isinstance(layer, nn.Conv2d) for layer in one.modules()):
-                one.register_forward_pre_hook(channels_last_on_gpu)
+                one.register_forward_pre_hook(to_channels_last)
 
 
-def channels_last_on_gpu(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Convert features of boxes (R, C, h, w) on a GPU."""
+def to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert features of boxes (R, C, h, w)."""
     features, *rest = inputs
-    if isinstance(features, Tensor) and features.is_cuda and features.dim() == 4:
+    if isinstance(features, Tensor) and features.dim() == 4 and features.device.type in vit.CHANNELS_LAST:
         features = features.contiguous(memory_format=torch.channels_last)
     return (features, *rest)
