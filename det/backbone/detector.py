@@ -76,7 +76,7 @@ def to_device(instances: Instances, device: torch.device) -> Instances:
     """
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
-        if isinstance(value, Boxes):
+        if type(value) is Boxes:  # its `to` has no `non_blocking`
             moved.set(name, Boxes(value.tensor.to(device, non_blocking=True)))
         elif isinstance(value, (Tensor, BitMasks)):
             moved.set(name, value.to(device, non_blocking=True))

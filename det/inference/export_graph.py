@@ -36,7 +36,8 @@ def obstacle(model: nn.Module) -> str | None:
     ]
     for name, part, known in parts:
         if type(part) not in known:
-            return f"{name} is {type(part).__name__}, known: {', '.join(cls.__name__ for cls in known)}"
+            names = [cls.__name__ for cls in known if cls is not Detector]  # Detector is no value of the key
+            return f"{name} is {type(part).__name__}, known: {', '.join(names)}"
     if getattr(heads, "keypoint_on", False):
         return "MODEL.KEYPOINT_ON is True"
     mask_head = getattr(heads, "mask_head", None)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, RotatedBoxes
 from torch import nn
 
 from crossmae.training.processes import Ranks
@@ -81,6 +81,31 @@ def test_a_batch_is_copied_once_in_the_type_of_the_images():
         assert torch.equal(one[:, : image.shape[1], : image.shape[2]], image)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_batch_is_pinned_for_a_gpu_alone(model, monkeypatch, device):
+    """The copy to the device does not wait. Torch cannot pin without a GPU, so its calls are recorded."""
+    pinned, copies, empty = [], [], torch.empty
+    batch = [{"image": torch.full((3, *size), 9, dtype=torch.uint8)} for size in ((64, 48), (40, 63))]
+
+    def make(*shape, pin_memory=False, **named):
+        pinned.append(pin_memory)
+        return empty(*shape, **named)
+
+    def copy_to(tensor, place, **named):
+        copies.append((tensor.dtype, tensor.shape, named))
+        return tensor
+
+    monkeypatch.setattr(Detector, "device", property(lambda _: torch.device(device)))
+    expected = GeneralizedRCNN.preprocess_image(model, batch).tensor
+    monkeypatch.setattr(torch, "empty", make)
+    monkeypatch.setattr(torch.Tensor, "to", copy_to)
+    found = model.preprocess_image(batch).tensor
+    monkeypatch.undo()
+    assert torch.equal(found, expected)
+    assert pinned == [device == "cuda"]
+    assert copies == [(torch.uint8, (2, 3, 64, 64), {"non_blocking": True})]
+
+
 def test_losses_are_bitwise_those_of_detectron2(cfg, model):
     theirs = build_model(cfg)
     assert list(theirs.state_dict()) == list(model.state_dict())
@@ -106,6 +131,8 @@ def test_ground_truth_moves_with_all_its_fields():
     same = to_device(truth, torch.device("cpu"))
     assert torch.equal(same.gt_boxes.tensor, truth.gt_boxes.tensor)
     assert same.gt_masks is truth.gt_masks
+    truth.gt_boxes = RotatedBoxes(torch.rand(2, 5))
+    assert type(to_device(truth, torch.device("cpu")).gt_boxes) is RotatedBoxes
 
 
 @pytest.mark.parametrize("box_head", [0, 1])
