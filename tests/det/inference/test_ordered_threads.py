@@ -69,12 +69,12 @@ def test_a_stop_between_items_waits_only_for_running_calls(threads):
     called = []
 
     def items():
-        yield from range(4)
+        yield from range(7)
         raise KeyboardInterrupt
 
     def slow(number):
         called.append(number)
-        time.sleep(0.05)
+        time.sleep(0.1)
         return number
 
     begun, before = time.monotonic(), threading.active_count()
@@ -82,9 +82,7 @@ def test_a_stop_between_items_waits_only_for_running_calls(threads):
         list(map_in_order(slow, items(), threads, str))
     assert time.monotonic() - begun < 2
     assert threading.active_count() == before
-    count = len(called)
-    time.sleep(0.1)
-    assert len(called) == count
+    assert len(called) <= (4 if threads else 7)
 
 
 def test_a_reader_that_ends_early_ends_the_threads():
