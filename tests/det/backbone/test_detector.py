@@ -168,7 +168,7 @@ def test_weights_gradients_and_moments_stay_contiguous(model, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_gpu_computes_the_losses_of_the_cpu_from_pinned_batches(cfg):
+def test_a_gpu_computes_the_features_of_the_cpu_from_a_pinned_batch(cfg):
     found = []
     torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
     try:
