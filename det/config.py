@@ -215,6 +215,7 @@ class EvaluationKeys(ConfigKeys):
     EVAL_PERIOD: AtLeast0
     EVAL_EPOCHS: NotNegative = 0.0  # with SOLVER.EPOCHS: evaluate and save after every so many epochs
     EVALUATOR: Literal["auto", "hotcoco", "pycocotools"] = "auto"  # auto: hotcoco if it is installed
+    PRECISION: Literal["fp32", "bf16", "tf32"] = "fp32"  # of evaluation and prediction; tf32: on a GPU
     # Detections that AP counts per image and class, best first. COCO's AP counts 100.
     DETECTIONS_PER_IMAGE: AtLeast1
     MAX_DETS: int = Field(100, ge=100, description="at least 100")

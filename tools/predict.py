@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the arguments, because these imports take seconds.
     import torch
 
+    from det.inference.ordered_threads import host_threads
     from det.inference.predict import Predictor, find_classes
     from det.inference.predict_files import FilePredictions, check_output, find_media
 
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     with named_by("--weights", args.weights):
         predictor = Predictor(config, args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
-    job = FilePredictions(predictor, classes, args.output, args.batch_size, draw=not args.no_pictures)
+    threads = host_threads(predictor.model.device)
+    job = FilePredictions(predictor, classes, args.output, args.batch_size, not args.no_pictures, threads)
     info = {"image_folder": str(root), "weights": str(predictor.weights), "score_threshold": predictor.score_threshold}
     try:
         job.write(media, info)

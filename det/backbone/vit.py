@@ -29,6 +29,8 @@ from det.backbone.attention import SpatialAttention
 from det.config import PosEmbed, RelPosAttention
 
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
+# Types of devices on which pyramid, proposals and heads compute channels-last. Results are equal except for rounding.
+CHANNELS_LAST = ("cuda",)
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
 # Keys of MODEL.VIT. In lower case, they are names of arguments.
 ENCODER_KEYS = (
@@ -110,12 +112,14 @@ class ViT(Backbone):
             raise ValueError(f"images: {sides} does not fit the patches. Pad to multiples of {self.patch_size} pixels.")
         x = self.patch_embed(imgs)  # (B, H, W, E)
         x = x + self.positions(x.shape[1], x.shape[2])
+        x = x.contiguous()  # the convolution has channels first, and every norm and linear layer would copy them
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return {"last_feat": x.permute(0, 3, 1, 2)}
+        features = x.permute(0, 3, 1, 2)
+        return {"last_feat": features if x.device.type in CHANNELS_LAST else features.contiguous()}
 
     def positions(self, H: int, W: int) -> Tensor:
         """Compute position embeddings (1, H, W, E) for H x W patches."""

@@ -34,6 +34,7 @@ from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_hom
 from crossmae.errors import UserError, counted
 from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.training.config import read_yaml
+from det.backbone.detector import Detector, use_channels_last
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import CONFIG, flatten, lookup
@@ -161,9 +162,16 @@ def check_detector(path: Path) -> None:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Build detectron2's model. Errors name the section of the config."""
+    """Build detectron2's model. Errors name the section of the config.
+
+    A `GeneralizedRCNN` is built as a `Detector`.
+    """
     try:
-        model: nn.Module = build_model(cfg)
+        if GeneralizedRCNN.__name__ != cfg.MODEL.META_ARCHITECTURE:
+            model: nn.Module = build_model(cfg)
+        else:
+            model = Detector(cfg).to(cfg.MODEL.DEVICE)
+            use_channels_last(model)
     except UserError:
         raise
     except (KeyError, ValueError, AssertionError, TypeError) as error:

@@ -18,7 +18,7 @@ from detectron2.data.detection_utils import (
     check_image_size,
     transform_instance_annotations,
 )
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -171,6 +171,30 @@ def refuse_unreadable(batch: list[Any]) -> list[Any]:
     return batch
 
 
+class SampleBatch(list[Any]):
+    """The samples of a batch.
+
+    torch's loader calls `pin_memory`. Only the ground truth is pinned: the detector copies all pixels into one pinned
+    batch itself.
+    """
+
+    def pin_memory(self) -> SampleBatch:
+        for sample in self:
+            if not isinstance(sample, Unreadable) and "instances" in sample:
+                pin_instances(sample["instances"])
+        return self
+
+
+def pin_instances(instances: Instances) -> None:
+    """Move boxes, masks and classes to pinned memory, in place."""
+    for value in instances.get_fields().values():
+        if isinstance(value, Boxes | BitMasks):
+            value.tensor = value.tensor.pin_memory()
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Tensor):
+            instances.set(name, value.pin_memory())
+
+
 class KeyedSamples(Dataset[Any]):
     """Training samples whose augmentation depends only on seed, epoch and index.
 
@@ -271,13 +295,14 @@ def build_train_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    pin_memory: bool = False,
 ) -> Loader:
     """Build a loader of batches for the given steps of a run.
 
     `batch` is the number of images per step, over all processes. `steps` are the numbers of the steps: a resumed run
     starts where it stopped. A process computes its share of a batch in `parts` parts. `workers` is the number of
-    processes that read images; 0 reads in the training process. Raises UserError if `batch` is larger than the training
-    set, or is not divisible by processes and parts.
+    processes that read images; 0 reads in the training process. `pin_memory` is for fast copies to a GPU. Raises
+    UserError if `batch` is larger than the training set, or is not divisible by processes and parts.
     """
     if batch % (world_size * parts):
         raise UserError(
@@ -296,7 +321,8 @@ def build_train_loader(
         usable_workers(workers),
         WORKERS_KEY,
         batch_sampler=map(plan.batch, steps),
-        collate_fn=list,
+        collate_fn=SampleBatch,
+        pin_memory=pin_memory,
         # Without its own generator, the loader would change the random numbers of the model.
         generator=torch.Generator(),
     )

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,9 @@ from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, TASKS
 from det.evaluation.scoring import DetectionScores, count_detections, score_results
+from det.inference.ordered_threads import host_threads, map_in_order
 from det.inference.paste import coco_results
+from det.inference.precision import detect
 from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
@@ -65,7 +68,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     loader = build_test_loader(name, NamingMapper(cfg, False), cfg.DATALOADER.NUM_WORKERS)
     truth, written = read_registered(name)
     category_ids = match_truth(model, truth, name)
-    parts = comm.gather(predict(model, loader, category_ids), dst=0)
+    threads = host_threads(model.device)
+    parts = comm.gather(predict(model, loader, category_ids, cfg.TEST.PRECISION, threads), dst=0)
     if not comm.is_main_process():
         return {}
     make_folder(folder / "inference", "OUTPUT_DIR")
@@ -110,19 +114,34 @@ def match_truth(detector: GeneralizedRCNN, truth: Mapping[str, Any], name: str) 
     return match_categories(own, detector.roi_heads.num_classes, found.category_ids, found.names, where)
 
 
-def predict(model: GeneralizedRCNN, loader: Any, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
-    """Predict this process's images in evaluation mode. Return COCO results."""
-    results = []
+def predict(
+    model: GeneralizedRCNN,
+    loader: Any,
+    category_ids: Sequence[int | None],
+    precision: str = "fp32",
+    threads: int = 0,
+) -> list[dict[str, Any]]:
+    """Predict this process's images in evaluation mode. Return COCO results.
+
+    `threads` threads encode masks while the device predicts the next images; with 0, the device waits.
+    """
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
-    with inference_context(model), torch.no_grad():
-        ranks = Ranks(comm.get_rank(), 0, comm.get_world_size())
+    ranks = Ranks(comm.get_rank(), 0, comm.get_world_size())
+
+    def found() -> Iterator[tuple[dict[str, Any], Instances]]:
         for batch in until_stop(bar, ranks, len(loader)):
             refuse_unreadable(batch)
-            outputs = model.inference(batch, do_postprocess=False)
-            for sample, instances in zip(batch, outputs, strict=True):
-                size = sample["height"], sample["width"]
-                results += coco_results(instances, sample["image_id"], *size, category_ids)
-    return results
+            # The pixels are not needed any more.
+            samples = [{key: value for key, value in sample.items() if key != "image"} for sample in batch]
+            yield from zip(samples, detect(model, batch, precision), strict=True)
+
+    def encode(prediction: tuple[dict[str, Any], Instances]) -> list[dict[str, Any]]:
+        sample, instances = prediction
+        return coco_results(instances, sample["image_id"], sample["height"], sample["width"], category_ids)
+
+    with inference_context(model), torch.no_grad():
+        encoded = map_in_order(encode, found(), threads, lambda prediction: prediction[0]["file_name"])
+        return list(itertools.chain.from_iterable(encoded))
 
 
 def left_out(detector: nn.Module, category_ids: Sequence[int | None]) -> list[str]:

@@ -20,13 +20,15 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from det.backbone.detector import Detector
+
 
 def obstacle(model: nn.Module) -> str | None:
     """Name a part that cannot be exported, or return None."""
     heads = getattr(model, "roi_heads", None)
     poolers = [module for module in model.modules() if isinstance(module, ROIPooler)]
     parts: list[tuple[str, Any, tuple[type, ...]]] = [
-        ("MODEL.META_ARCHITECTURE", model, (GeneralizedRCNN,)),
+        ("MODEL.META_ARCHITECTURE", model, (GeneralizedRCNN, Detector)),
         ("MODEL.PROPOSAL_GENERATOR.NAME", getattr(model, "proposal_generator", None), (RPN,)),
         ("MODEL.ROI_HEADS.NAME", heads, (StandardROIHeads, CascadeROIHeads)),
         *[("a box predictor", layer, (FastRCNNOutputLayers,)) for layer in _predictors(heads)],
@@ -34,7 +36,8 @@ def obstacle(model: nn.Module) -> str | None:
     ]
     for name, part, known in parts:
         if type(part) not in known:
-            return f"{name} is {type(part).__name__}, known: {', '.join(cls.__name__ for cls in known)}"
+            names = [cls.__name__ for cls in known if cls is not Detector]  # Detector is no value of the key
+            return f"{name} is {type(part).__name__}, known: {', '.join(names)}"
     if getattr(heads, "keypoint_on", False):
         return "MODEL.KEYPOINT_ON is True"
     mask_head = getattr(heads, "mask_head", None)

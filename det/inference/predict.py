@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import AugmentationList
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -30,6 +30,7 @@ from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
 from det.inference.arguments import read_config
 from det.inference.paste import coco_results
+from det.inference.precision import check_precision, detect
 from det.library_warnings import library_warnings_ignored
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class Predictor:
         class_names: names of the classes in order, None if the detector does not record them.
 
     Raises:
-        UserError: the file or the device does not exist, the config is not for a `GeneralizedRCNN`, or the weights do
-            not fit the config.
+        UserError: the file or the device does not exist, the device does not have `TEST.PRECISION`, the config is not
+            for a `GeneralizedRCNN`, or the weights do not fit the config.
     """
 
     @library_warnings_ignored()
@@ -75,6 +76,8 @@ class Predictor:
             self.cfg.MODEL.DEVICE = device
             check_config(self.cfg)
         choose_device(self.cfg, asked=device is not None)
+        self._precision = self.cfg.TEST.PRECISION
+        check_precision(self._precision, torch.device(self.cfg.MODEL.DEVICE))
         model: Any = build_trained(self.cfg)
         self.model: Any = model.eval()
         if not masks:
@@ -103,7 +106,7 @@ class Predictor:
         Images with the same padded size are computed together. No image is padded to the size of another image, because
         global attention sees padding. The result therefore does not depend on the other images.
         """
-        return [output["instances"].to("cpu") for output in self._run(images, self.model)]
+        return self._run(images, self._detect_and_paste)
 
     def predict_raw(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find objects with small masks that cover only their boxes.
@@ -112,7 +115,7 @@ class Predictor:
         `scores`, `pred_classes`, and `pred_masks` (N, 1, M, M) if the detector has masks: probabilities inside the
         boxes.
         """
-        return self._run(images, partial(self.model.inference, do_postprocess=False))
+        return self._run(images, self._detect)
 
     def highest_score(self, images: Sequence[ImageLike]) -> float:
         """Find the highest score in some images, below the threshold too.
@@ -128,9 +131,18 @@ class Predictor:
         finally:
             last.test_score_thresh, heads.mask_on = settings
 
+    def _detect(self, inputs: list[dict[str, Any]]) -> list[Instances]:
+        return detect(self.model, inputs, self._precision)
+
+    def _detect_and_paste(self, inputs: list[dict[str, Any]]) -> list[Instances]:
+        pairs = zip(self._detect(inputs), inputs, strict=True)
+        return [detector_postprocess(found, one["height"], one["width"]).to("cpu") for found, one in pairs]
+
     @library_warnings_ignored()
     @torch.no_grad()
-    def _run(self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Any]]) -> list[Any]:
+    def _run(
+        self, images: Sequence[ImageLike], model: Callable[[list[dict[str, Any]]], list[Instances]]
+    ) -> list[Instances]:
         """Call `model` once for each padded size."""
         inputs: list[dict[str, Any]] = []
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -138,7 +150,7 @@ class Predictor:
             image, _ = augment(pixels, self._augmentations, self._format)  # as in evaluation
             inputs.append({"image": image, "height": pixels.shape[0], "width": pixels.shape[1]})
             groups[self._padded_size(image)].append(index)
-        found: dict[int, Any] = {}
+        found: dict[int, Instances] = {}
         for indices in groups.values():
             found |= zip(indices, model([inputs[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(inputs))]

@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,7 +25,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 import numpy as np
 from detectron2.structures import Instances
@@ -41,6 +41,7 @@ from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.arguments import COCO_FILE
 from det.inference.draw import draw_instances, instances_from_coco
+from det.inference.ordered_threads import map_in_order
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
@@ -148,15 +149,28 @@ def _fault(path: Path) -> str | None:
         return error.strerror
 
 
+@dataclass(frozen=True)
+class _Detected(Generic[Item]):
+    item: Item
+    entry: dict[str, Any]
+    pixels: NDArray[np.uint8]
+    instances: Instances
+    number: int
+
+
 @dataclass
 class FilePredictions:
-    """Prediction of files. Counts images (including video frames) and objects, and keeps a line per failure."""
+    """Prediction of files. Counts images (including video frames) and objects, and keeps a line per failure.
+
+    `threads` threads encode masks while the device predicts the next images.
+    """
 
     predictor: Predictor
     classes: Classes
     output: Path
     batch_size: int = 8
     draw: bool = True
+    threads: int = 0
     images: int = 0
     objects: int = 0
     failures: list[str] = field(default_factory=list)
@@ -233,19 +247,34 @@ class FilePredictions:
         self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], coco: CocoStream
     ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
         """Predict batches of (item, entry, pixels). Yield items with drawn pixels."""
-        queue, names = iter(images), self.classes.by_id()
+        names, detected = self.classes.by_id(), self._detect(images, len(coco.images))
+        annotated = map_in_order(self._annotate, detected, self.threads, lambda one: one.entry["file_name"])
+        for one, found in annotated:
+            coco.add(one.entry, found)
+            self.images += 1
+            self.objects += len(found)
+            pixels = one.pixels
+            if self.draw:
+                side = max(pixels.shape[:2])
+                side *= -(-ENLARGED_BELOW // side)
+                objects = instances_from_coco(found, names)
+                pixels = draw_instances(pixels, objects, longest_side=side, letters=LABEL_SIZE)
+            yield one.item, pixels
+
+    def _detect(
+        self, images: Iterable[tuple[Item, dict[str, Any], NDArray[np.uint8]]], first: int
+    ) -> Iterator[_Detected[Item]]:
+        """Detect objects in batches. `first` images were numbered before."""
+        queue, numbers = iter(images), count(first + 1)
         while batch := list(islice(queue, self.batch_size)):
             found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
             for (item, entry, pixels), instances in zip(batch, found, strict=True):
-                annotations = coco.add({**entry, "width": pixels.shape[1], "height": pixels.shape[0]}, instances)
-                self.images += 1
-                self.objects += len(annotations)
-                if self.draw:
-                    side = max(pixels.shape[:2])
-                    side *= -(-ENLARGED_BELOW // side)
-                    objects = instances_from_coco(annotations, names)
-                    pixels = draw_instances(pixels, objects, longest_side=side, letters=LABEL_SIZE)
-                yield item, pixels
+                sizes = {"width": pixels.shape[1], "height": pixels.shape[0]}
+                yield _Detected(item, {**entry, **sizes}, pixels, instances, next(numbers))
+
+    def _annotate(self, one: _Detected[Item]) -> tuple[_Detected[Item], list[dict[str, Any]]]:
+        size = one.entry["height"], one.entry["width"]
+        return one, coco_annotations(one.instances, one.number, *size, self.classes)
 
     def _save(self, path: Path, write: Callable[[], object]) -> None:
         """Write a file. Note a failure, unless no file can be written."""
@@ -267,13 +296,11 @@ class CocoStream:
         self.file, self.classes, self.annotations = file, classes, JsonArray(file)
         self.images: list[dict[str, Any]] = []
 
-    def add(self, image: dict[str, Any], instances: Instances) -> list[dict[str, Any]]:
-        """Write and return the annotations of one image."""
+    def add(self, image: dict[str, Any], annotations: Sequence[Mapping[str, Any]]) -> None:
+        """Write the annotations of the next image."""
         self.images.append({"id": len(self.images) + 1, **image})
-        annotations = coco_annotations(instances, len(self.images), image["height"], image["width"], self.classes)
         for annotation in annotations:
             self.annotations.add({"id": self.annotations.count + 1, **annotation})
-        return annotations
 
     def finish(self, info: dict[str, Any]) -> None:
         self.annotations.close()

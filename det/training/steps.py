@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from crossmae.training.state import Diverged, Losses
 from det.data.loader import refuse_unreadable
+from det.training.statistics import statistics_left_out
 
 
 class DetectorLoss:
@@ -27,13 +29,15 @@ class DetectorLoss:
     Args:
         seed: source of all random numbers of a step, together with the number of the step and the rank.
         parts: number of parts in which a batch is computed.
+        is_logged: returns true if detectron2's numbers are wanted after this number of steps.
 
     Attributes:
-        scalars: numbers that detectron2's modules logged in the last part, such as the accuracy of classes.
+        scalars: numbers that detectron2's modules logged in the last part of a logged step, such as the accuracy of
+            classes.
     """
 
-    def __init__(self, seed: int, parts: int, rank: int) -> None:
-        self.seed, self.parts, self.rank = seed, parts, rank
+    def __init__(self, seed: int, parts: int, rank: int, is_logged: Callable[[int], bool] = lambda steps: True) -> None:
+        self.seed, self.parts, self.rank, self.is_logged = seed, parts, rank, is_logged
         self.scalars: dict[str, float] = {}
 
     def __call__(self, model: nn.Module, part: list[Any], number: int) -> Losses:
@@ -44,13 +48,15 @@ class DetectorLoss:
         step, place = divmod(number, self.parts)
         key = np.random.SeedSequence([self.seed, step, self.rank * self.parts + place])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        with EventStorage(step) as storage:
+        wanted = place == self.parts - 1 and self.is_logged(step + 1)
+        with EventStorage(step) as storage, nullcontext() if wanted else statistics_left_out():
             try:
                 losses: Losses = model(part)
             except FloatingPointError as error:  # of detectron2's proposals
                 raise Diverged(" ".join(str(error).split()).rstrip("."), is_shared=False) from error
+        if wanted:
             found = {name: float(value) for name, (value, _) in storage.latest().items()}
-        self.scalars = {name: value for name, value in found.items() if math.isfinite(value)}
+            self.scalars = {name: value for name, value in found.items() if math.isfinite(value)}
         return losses
 
 

@@ -31,6 +31,7 @@ from det.data.coco import check_classes, check_registered
 from det.data.loader import WORKERS_KEY, NamingMapper, build_train_loader, check_objects_left, training_samples
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
+from det.inference.precision import check_precision
 from det.library_warnings import library_warnings_ignored
 from det.training.checkpoint import find_checkpoint, record_run, shared_settings, write_final
 from det.training.console import log_file
@@ -92,6 +93,8 @@ def build_job(
     """Build and check model, data and schedule, without writing files."""
     keys, folder = read_keys(cfg), Path(cfg.OUTPUT_DIR)
     solver, depth = keys.SOLVER, keys.MODEL.VIT.DEPTH
+    if cfg.DATASETS.TEST:
+        check_precision(keys.TEST.PRECISION, device)
     check_writable(folder, "OUTPUT_DIR")
     seed_all_rng(cfg.SEED)
     # The training images, and the schedule that follows from their number.
@@ -111,6 +114,7 @@ def build_job(
         workers=cfg.DATALOADER.NUM_WORKERS,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        pin_memory=device.type == "cuda",
     )
     open_loader(range(0))  # the sizes are checked now
     # The initial weights: a checkpoint of this run, given weights, or random weights.
@@ -129,7 +133,12 @@ def build_job(
     fused = not (solver.AMP.ENABLED and solver.AMP.PRECISION == "fp16")
     adamw_class = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     adamw = adamw_class(groups, lr=schedule.peak_lr, betas=solver.BETAS, fused=fused)
-    loss = DetectorLoss(cfg.SEED, solver.ACCUMULATE, ranks.rank)
+    loss = DetectorLoss(
+        cfg.SEED,
+        solver.ACCUMULATE,
+        ranks.rank,
+        is_logged=lambda steps: steps % RunSettings.log_every == 0 or schedule.saves_after(steps),
+    )
 
     def start_run() -> None:
         start_file()
@@ -195,6 +204,7 @@ def evaluate_only(cfg: CfgNode) -> Results:
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST", "data to evaluate on")
     cfg, ranks = cfg.clone(), find_ranks()
     device = open_device(cfg.MODEL.DEVICE, "MODEL.DEVICE", ranks.local_rank, ranks.world_size)
+    check_precision(cfg.TEST.PRECISION, device)
     with process_group(ranks, device, cfg.TIMEOUT_MINUTES):
         model = build_trained(cfg)
         check_evaluated(classes_of(model), cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)

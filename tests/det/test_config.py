@@ -84,6 +84,7 @@ def test_overrides_mix_both_forms(write):
         (["SOLVER.STEPS=(5,3)"], "SOLVER.STEPS: .* It must be rising"),
         (["SOLVER.BETAS=(2.0,3.0)"], "SOLVER.BETAS: .* It must be two numbers from 0 to below 1"),
         (["TEST.MAX_DETS=99"], "TEST.MAX_DETS: 99 is not allowed. It must be at least 100"),
+        (["TEST.PRECISION=fp16"], "TEST.PRECISION: 'fp16' is not allowed. It must be fp32, bf16 or tf32"),
         (["TEST.AUG.ENABLED=True"], "TEST.AUG.ENABLED: .* It must be False"),
         (["SOLVER.AMP.PRECISION=fp8"], "SOLVER.AMP.PRECISION: 'fp8' is not allowed. It must be bf16 or fp16"),
         (["SOLVER.BASE_LR=1e999"], "SOLVER.BASE_LR: inf is not allowed. It must be greater than 0"),

@@ -257,3 +257,26 @@ def test_heads_that_read_a_level_that_is_not_there_are_refused() -> None:
     cfg = load_det_config("coco_mask_rcnn.yaml", ["MODEL.VIT.PATCH_SIZE=8"])
     with pytest.raises(UserError, match=r"MODEL.RPN.IN_FEATURES: .*'p6'.*PATCH_SIZE 8. Choose from .*'p5'\]"):
         build_crossmae_vitdet_backbone(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("mode", ["resize", "absolute_win"])
+def test_contiguous_tokens_are_bitwise_those_of_a_channels_first_view(mode):
+    torch.manual_seed(0)
+    net = ViT(64, 64, **SIZE, window_size=3, pos_embed_mode=mode)
+    imgs = torch.randn(2, 3, 64, 96)
+    found = []
+    for is_view in (False, True):
+        if is_view:
+            x = net.patch_embed(imgs)
+            x = x + net.positions(x.shape[1], x.shape[2])
+            assert not x.is_contiguous()
+            for block in net.blocks:
+                x = block(x)
+            features = x.permute(0, 3, 1, 2)
+        else:
+            features = net(imgs)["last_feat"]
+            assert features.is_contiguous()
+        net.zero_grad()
+        features.square().sum().backward()
+        found.append([features.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
+    assert all(map(torch.equal, *found))

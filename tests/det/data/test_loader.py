@@ -5,26 +5,31 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 import detectron2.data.transforms as T
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BitMasks, BoxMode
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from crossmae.data.broken import Unreadable
 from crossmae.errors import UserError
 from det.config import InputKeys
-from det.data.coco import register_coco
+from det.data.coco import register_coco, use_own_data
 from det.data.loader import (
     NamingMapper,
+    SampleBatch,
     build_augmentations,
+    build_train_loader,
     check_objects_left,
     keyed_numpy_randomness,
     refuse_unreadable,
+    training_samples,
 )
 from tests.det.batches import train_batches
 from tests.det.coco_files import annotation, save, write_coco
@@ -428,3 +433,39 @@ def test_without_jitter_sizes_are_detectron2s(tmp_path, jitter, photo):
         assert masks.shape == (2, *size)
         seen.add((size, flipped))
     assert seen == {(size, flipped) for size in ((40, 60), (50, 75)) for flipped in (False, True)}
+
+
+@pytest.mark.parametrize("form", ["bitmask", "polygon"])
+def test_ground_truth_is_pinned_and_nothing_else_changes(cfg, tmp_path, monkeypatch, form):
+    """Without a GPU, torch cannot pin: a copy stands for it."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor.clone())
+    cfg.INPUT.MASK_FORMAT = form
+    path, images, _ = write_coco(tmp_path / "data", images=2, kind="polygon")
+    use_own_data(cfg, (str(path), str(images)), None)
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    (batch, *_), (again, *_) = (list(train_batches(cfg, records)) for _ in range(2))
+    found = pin_memory(again)
+    assert isinstance(found, list)
+    for one, other in zip(batch, found, strict=True):
+        truth, moved = one["instances"], other["instances"]
+        assert one["file_name"] == other["file_name"]
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(truth.gt_boxes.tensor, moved.gt_boxes.tensor)
+        assert torch.equal(truth.gt_classes, moved.gt_classes)
+        assert type(truth.gt_masks) is type(moved.gt_masks)
+    assert len(pinned) == (6 if form == "bitmask" else 4)
+    assert SampleBatch([Unreadable("lost"), {}]).pin_memory() == [Unreadable("lost"), {}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ground_truth_is_pinned_on_a_gpu(cfg, tmp_path, workers):
+    path, images, _ = write_coco(tmp_path / "data", images=4)
+    use_own_data(cfg, (str(path), str(images)), None)
+    samples = training_samples(cfg, get_detection_dataset_dicts(cfg.DATASETS.TRAIN))
+    for batch in build_train_loader(samples, 2, range(2), workers=workers, pin_memory=True):
+        for sample in batch:
+            truth = sample["instances"]
+            tensors = [truth.gt_boxes.tensor, truth.gt_masks.tensor, truth.gt_classes]
+            assert all(one.is_pinned() for one in tensors)

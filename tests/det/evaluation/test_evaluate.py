@@ -3,6 +3,8 @@ processes share the images without overlap, and what cannot be evaluated is refu
 
 import json
 import math
+import signal
+import threading
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crossmae.errors import UserError
+from crossmae.training.signals import StopAsked, StopRequest
 from det.data.coco import use_own_data
 from det.data.loader import NamingMapper
 from det.evaluation.evaluate import evaluate, format_results, predict, write_predictions
@@ -190,6 +193,42 @@ def test_an_image_that_can_not_be_read_is_named(cfg, model, tmp_path):
     with pytest.raises(UserError, match=r"2\.png: cannot be read as an image"):
         evaluate(cfg, model)
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_find_the_same_results(cfg, model):
+    loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=NamingMapper(cfg, False))
+    inline, threaded = (predict(model, loader, (1, 3, None), threads=threads) for threads in (0, 2))
+    assert inline == threaded
+    assert {result["image_id"] for result in inline} == {1, 2, 3}
+
+
+def test_a_signal_stops_threads_between_two_images(cfg, model, monkeypatch):
+    loader, called = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=NamingMapper(cfg, False)), []
+
+    def encode(instances, image_id, *_):
+        called.append(image_id)
+        request.number = signal.SIGTERM
+        return []
+
+    monkeypatch.setattr("det.evaluation.evaluate.coco_results", encode)
+
+    def predict_often():
+        for _ in range(100):  # a thread may be slower than all images
+            predict(model, loader, (1, 3, None), threads=2)
+
+    before = threading.active_count()
+    with StopRequest() as request, pytest.raises(StopAsked):
+        predict_often()
+    assert called
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_in_a_thread_names_the_image(cfg, model, monkeypatch, threads):
+    loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=NamingMapper(cfg, False))
+    monkeypatch.setattr("det.evaluation.evaluate.coco_results", lambda *_: [][0])
+    with pytest.raises(RuntimeError, match=r"1\.png: the predictions cannot be encoded: list index"):
+        predict(model, loader, (1, 3, None), threads=threads)
 
 
 def test_the_table():

@@ -380,3 +380,28 @@ def test_patterns_that_do_not_reach_the_output_are_no_hindrance(tmp_path, monkey
         check_output(Path(output), find_media(arguments)[1], arguments, force=False)
     with pytest.raises(UserError, match="the next call"):
         check_output(Path("in/out"), find_media(["in/**"])[1], ["in/**"], force=False)
+
+
+def test_threads_write_the_same_files(tmp_path, monkeypatch):
+    for number in range(9):
+        save_image(tmp_path / f"in/{number}.png", 40 + number, 60)
+    found = []
+    for threads in (0, 2):
+        job, content = predict(tmp_path, tmp_path / "in", batch_size=2, threads=threads)
+        pictures = {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
+        found.append((content, pictures, job.images, job.objects, job.failures, job.predictor.batches))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1]
+    assert found[0][2] == 9
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_in_a_thread_names_the_image_and_leaves_no_predictions(tmp_path, monkeypatch, threads):
+    def fail(instances, number, *_):
+        raise ArithmeticError(f"mask {number}")
+
+    save_image(tmp_path / "in/a.png")
+    monkeypatch.setattr("det.inference.predict_files.coco_annotations", fail)
+    with pytest.raises(RuntimeError, match=r"a\.png: the predictions cannot be encoded: mask 1"):
+        predict(tmp_path, tmp_path / "in", threads=threads)
+    assert written(tmp_path / "out") == []
