@@ -33,6 +33,7 @@ from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError, counted
 from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, start_notes
+from crossmae.models.linear import use_linear
 from crossmae.training.config import read_yaml
 from det.backbone.detector import Detector, use_channels_last
 from det.backbone.vit import ViT
@@ -176,6 +177,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         raise
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise UserError(f"MODEL: the detector cannot be built. {' '.join(str(error).split()) or error!r}") from error
+    use_linear(model)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from detectron2.modeling.backbone.vit import ViT as TheirViT
@@ -62,11 +63,11 @@ def detector(
 
 
 def make_detectors(config_file: str, settings: Sequence[str]) -> tuple[nn.Module, nn.Module, CfgNode]:
-    """Build a detector, and the same detector on detectron2's backbone."""
+    """Build our detector, and the same detector of detectron2 alone."""
     loaded = load_det_config(config_file, settings)
     torch.manual_seed(0)
     ours = build_detector(loaded)
-    other: Any = build_detector(loaded)
+    other: Any = build_model(loaded)
     other.backbone = their_backbone(loaded.MODEL.VIT).to(other.device)
     other.load_state_dict(ours.state_dict(), strict=True)
     return ours, other, loaded
