@@ -32,9 +32,9 @@ class Detector(GeneralizedRCNN):
         """Pad, copy and normalise images (C, h, w). The padding is zero."""
         images = [sample["image"] for sample in batched_inputs]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        limits = self.backbone.padding_constraints  # detectron2's own pyramid has no key "size_divisibility"
-        divisor = limits.get("size_divisibility", self.backbone.size_divisibility)
-        height, width = padded_size(sizes, divisor, limits.get("square_size", 0))
+        constraints = self.backbone.padding_constraints
+        divisor = constraints.get("size_divisibility", self.backbone.size_divisibility)
+        height, width = padded_size(sizes, divisor, constraints.get("square_size", 0))
         # detectron2 crops an image that is larger than the square, or fails.
         fits = all(h <= height and w <= width for h, w in sizes)
         if not fits or len({(image.shape[:-2], image.dtype, image.device) for image in images}) > 1:
@@ -49,12 +49,15 @@ class Detector(GeneralizedRCNN):
         return ImageList(pixels, sizes)
 
 
-def padded_size(sizes: Sequence[tuple[int, int]], size_divisibility: int, square_size: int) -> tuple[int, int]:
-    """Compute height and width of a batch, as `ImageList.from_tensors` does."""
+def padded_size(sizes: Sequence[tuple[int, int]], divisor: int, square: int) -> tuple[int, int]:
+    """Compute height and width of a batch, as `ImageList.from_tensors` does.
+
+    The batch is a square if `square` is greater than 0. Both sides are multiples of `divisor`, if it is greater than 1.
+    """
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    if square_size > 0:
-        height = width = square_size
-    divisor = max(size_divisibility, 1)
+    if square > 0:
+        height = width = square
+    divisor = max(divisor, 1)
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 

@@ -63,6 +63,20 @@ def test_pixels_are_bitwise_those_of_detectron2(cfg, sizes, dtype, square, image
     assert all(torch.equal(one["image"], two["image"]) for one, two in zip(batch, before, strict=True))
 
 
+@pytest.mark.parametrize("constraints", [{}, {"size_divisiblity": 16, "square_size": 0}, {"square_size": 72}])
+@pytest.mark.parametrize("divisor", [0, 1, 32])
+def test_backbones_of_detectron2_pad_as_before(model, constraints, divisor):
+    """Their constraints lack keys, or have them with another spelling."""
+
+    class Other(nn.Module):
+        size_divisibility, padding_constraints = divisor, constraints
+
+    model.backbone = Other()
+    batch = [{"image": torch.rand(3, 40, 56)}, {"image": torch.rand(3, 64, 33)}]
+    expected = GeneralizedRCNN.preprocess_image(model, batch).tensor
+    assert torch.equal(model.preprocess_image(batch).tensor, expected)
+
+
 def test_images_that_do_not_make_one_batch_take_the_way_of_detectron2(cfg, model):
     mixed = [{"image": torch.rand(3, 9, 9)}, {"image": torch.full((3, 8, 8), 7, dtype=torch.uint8)}]
     expected = GeneralizedRCNN.preprocess_image(model, mixed).tensor
