@@ -144,7 +144,7 @@ class TrainingState:
         self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=ema_power) if ema else None
         # In place, after the copy for the average. Copies are not compiled.
         self.is_compiled = compiled and bool(compile_blocks(model))
-        self.parallel = model if ranks.world_size == 1 else average_gradients(model, self.device, self.is_compiled)
+        self.parallel = model if ranks.world_size == 1 else average_gradients(model, self.is_compiled)
         if state is not None and start is not None:
             self.restore(state, start)
         self.deferred = None
@@ -302,17 +302,17 @@ class TrainingState:
         writer.save(run, self.step, self.model.state_dict(), metadata, state, record, keep)
 
 
-def average_gradients(model: nn.Module, device: torch.device, compiled: bool) -> DistributedDataParallel:
+def average_gradients(model: nn.Module, compiled: bool) -> DistributedDataParallel:
     """Wrap a model to average gradients over processes, during the backward pass.
 
     Compiled blocks stay inside of the wrapper: the gradients of a block are sent while the blocks before it are
     computed. `static_graph` would bring nothing, since all trained parameters are used in every step. The gradients are
-    views of the buckets that are sent. Micro-batches that are not sent add to the same gradients.
+    views of the buckets that are sent. Micro-batches that are not sent add to the same gradients. Without `device_ids`,
+    the wrapper leaves the copies of a batch to the loss.
     """
     if compiled:
         torch._dynamo.config.optimize_ddp = False  # it would split a block that is larger than a bucket
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def describe_gradient(norm: float, found: str) -> str:

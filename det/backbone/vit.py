@@ -30,7 +30,7 @@ from det.config import PosEmbed, RelPosAttention
 
 SCALE_FACTORS = (4.0, 2.0, 1.0, 0.5)
 # Types of devices on which pyramid, proposals and heads compute channels-last. Results are equal except for rounding.
-CHANNELS_LAST = ("cuda",)
+CHANNELS_LAST = ("cpu", "cuda")
 NORMS = ("", "LN", "GN", "BN", "SyncBN", "FrozenBN")
 # Keys of MODEL.VIT. In lower case, they are names of arguments.
 ENCODER_KEYS = (

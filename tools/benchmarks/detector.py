@@ -28,6 +28,7 @@ from det.inference.paste import coco_results
 from det.training.optimizer import parameter_groups
 from det.training.steps import DetectorLoss
 from tools.benchmarks.measuring import Comparison, Gate, Row, largest_difference
+from tools.benchmarks.pretraining import CHECK_EVERY
 
 Build = Callable[[], Comparison | Row]
 LR = 1e-4
@@ -132,7 +133,8 @@ def compare_training(
     """
     ours, other, loaded = make_detectors(config_file, settings)
     samples = make_samples(images, side, loaded.MODEL.ROI_HEADS.NUM_CLASSES)
-    loss, precision = DetectorLoss(0, 1, 0), choose_precision("auto", device)
+    loss = DetectorLoss(0, 1, 0, lambda steps: steps % CHECK_EVERY == 0)
+    precision = choose_precision("auto", device)
 
     def gate() -> Gate:
         """Compare losses in fp32, with the same random proposals."""

@@ -120,7 +120,8 @@ def test_the_batch_is_pinned_for_a_gpu_alone(model, monkeypatch, device):
     assert copies == [(torch.uint8, (2, 3, 64, 64), {"non_blocking": True})]
 
 
-def test_losses_are_bitwise_those_of_detectron2(cfg, model):
+def test_losses_are_bitwise_those_of_detectron2(cfg, model, monkeypatch):
+    monkeypatch.setattr(vit, "CHANNELS_LAST", ())
     theirs = build_model(cfg)
     assert list(theirs.state_dict()) == list(model.state_dict())
     theirs.load_state_dict(model.state_dict())
@@ -168,9 +169,8 @@ def test_channels_last_reaches_every_convolution_and_changes_only_rounding(cfg, 
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
-def test_weights_gradients_and_moments_stay_contiguous(model, monkeypatch):
+def test_weights_gradients_and_moments_stay_contiguous(model):
     """So that checkpoints, averages and fused optimizers see the same tensors on every device."""
-    monkeypatch.setattr(vit, "CHANNELS_LAST", ("cpu",))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     state = TrainingState(model.train(), optimizer, Ranks(), "fp32", 0.9, None, False, None)
     state.forward_backward(DetectorLoss(0, 1, 0), inputs(), 0, 1, True)
