@@ -22,6 +22,7 @@ from crossmae.checkpoints.weights import Weights, encoder_home, encoder_tensors
 from crossmae.errors import UserError
 from crossmae.models.encoder import patch_grid
 from crossmae.models.layers import DropPath, LayerNorm
+from crossmae.models.linear import use_linear
 from crossmae.pretraining.config import Pool
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def build_vit(
                 setattr(block, name, DropPath(getattr(block, name).drop_prob))  # the same, but compiled only once
     if num_classes:
         model.add_module("head", build_head(architecture.embed_dim, num_classes, head))
+    use_linear(model)
     return model
 
 

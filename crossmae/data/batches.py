@@ -27,7 +27,7 @@ from crossmae.data.sources import Source
 from crossmae.data.workers import Loader, usable_workers
 from crossmae.errors import UserError, counted
 
-KeyedSample = tuple[Tensor, Tensor, int, tuple[Broken, ...]]
+KeyedSample = tuple[Any, Tensor, int, tuple[Broken, ...]]
 B = TypeVar("B")
 
 
@@ -114,17 +114,27 @@ class KeyedImages(Dataset[Any], ABC):
         return (*self.sample(pixels, position, (self.seed, epoch, index)), position, broken)
 
     @abstractmethod
-    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Return the augmented image (C, H, W), and its noise or target."""
+    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Any, Tensor]:
+        """Return the image, and its noise or target.
+
+        The image is augmented (C, H, W), or whatever `stack` of `collate_as` combines.
+        """
 
 
-def collate_as(batch: Callable[[Tensor, Tensor, Tensor, tuple[Broken, ...]], B], samples: list[Any]) -> B | Unreadable:
-    """Stack samples to a `batch`, or return the first `Unreadable`."""
+def collate_as(
+    batch: Callable[[Any, Tensor, Tensor, tuple[Broken, ...]], B],
+    samples: list[Any],
+    stack: Callable[[Any], Any] = torch.stack,
+) -> B | Unreadable:
+    """Combine samples to a `batch`, or return the first `Unreadable`.
+
+    `stack` combines the tuple of images.
+    """
     unreadable = next((sample for sample in samples if isinstance(sample, Unreadable)), None)
     if unreadable is not None:
         return unreadable
     images, others, indices, broken = zip(*samples, strict=True)
-    return batch(torch.stack(images), torch.stack(others), torch.tensor(indices), tuple(chain(*broken)))
+    return batch(stack(images), torch.stack(others), torch.tensor(indices), tuple(chain(*broken)))
 
 
 def build_loader(

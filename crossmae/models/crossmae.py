@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crossmae.models.encoder import ViTEncoder
 from crossmae.models.layers import Block, CrossBlock, LayerNorm
+from crossmae.models.linear import Linear
 from crossmae.models.masking import MaskCounts, check_blocks, gather_patches, gather_tokens, mask_counts, split_patches
 from crossmae.models.positions import sincos_pos_embed
 from crossmae.models.sizes import DECODERS, Decoder, model_arguments
@@ -119,7 +120,7 @@ class CrossMAE(ViTEncoder):
             self.norm = LayerNorm(embed_dim)
         self.build_decoder_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio)
         self.decoder_norm = LayerNorm(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.init_weights()
 
     def build_decoder_blocks(self, dim: int, depth: int, num_heads: int, mlp_ratio: float) -> None:
@@ -241,7 +242,7 @@ class MAE(CrossMAE):
 
     def build_decoder_blocks(self, dim: int, depth: int, num_heads: int, mlp_ratio: float) -> None:
         """Build `decoder_embed` and `decoder_blocks`: `depth` blocks of width `dim`."""
-        self.decoder_embed = nn.Linear(self.embed_dim, dim)
+        self.decoder_embed = Linear(self.embed_dim, dim)
         self.decoder_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
 
     def scored_ratio(self, mask_ratio: float, predict_ratio: float) -> float:

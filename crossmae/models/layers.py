@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossmae.models.linear import Linear, linear
 from crossmae.models.masking import gather_patches
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -32,7 +33,7 @@ class PatchEmbed(nn.Module):
         if idx is None:
             return self.proj(imgs).permute(0, 2, 3, 1)
         patches = gather_patches(imgs, idx, self.proj.kernel_size[0])
-        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -42,8 +43,8 @@ class Attention(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply self-attention to tokens (B, L, E), and keep the shape."""
@@ -61,9 +62,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim, 2 * dim)  # first half keys, second half values
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(context_dim, 2 * dim)  # first half keys, second half values
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend from queries (B, L, D) to the context (B, S, E)."""
@@ -80,9 +81,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of (B, L, E), and keep the shape."""

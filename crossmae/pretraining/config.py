@@ -12,6 +12,7 @@ from crossmae.models.sizes import DECODERS, OFF_BY_DEFAULT, Decoder, model_argum
 from crossmae.training.config import (
     PRETRAIN,
     ConfigSection,
+    DataConfig,
     LogConfig,
     NonNegative,
     Positive,
@@ -24,6 +25,14 @@ from crossmae.training.config import (
 
 Pool = Literal["avg", "cls"]  # of the tokens of an encoder, see `pool_tokens`
 FeaturePool = Literal["avg", "cls", "cls_avg"]
+
+
+class PretrainDataConfig(DataConfig):
+    """Settings of `DataConfig`, and the place of cropping."""
+
+    crop_on: Literal["cpu", "device"] = Field(
+        "cpu", description="device: crops are resized on the GPU, and workers only decode; not run on a GPU yet"
+    )
 
 
 class ModelConfig(ConfigSection):
@@ -136,6 +145,7 @@ class PretrainConfig(RunConfig):
     """All settings of a pretraining run."""
 
     tool: ClassVar[str] = PRETRAIN
+    data: PretrainDataConfig
     model: ModelConfig
     optim: OptimConfig = OptimConfig()
     log: PretrainLogConfig = PretrainLogConfig()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossmae.data.batches import KeyedImages, collate_as, keyed_randomness
-from crossmae.data.broken import Broken
-from crossmae.data.pixels import random_crop
+from crossmae.data.broken import Broken, Unreadable
+from crossmae.data.pixels import RandomCrop
 from crossmae.data.sources import Source
+from crossmae.pretraining.device_crops import Cut, PackedCrops, cut_out, pack_crops, resize_crops
 
 
 class Batch(NamedTuple):
@@ -26,6 +27,15 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
+    noise: Tensor
+    indices: Tensor
+    broken: tuple[Broken, ...] = ()
+
+
+class PackedBatch(NamedTuple):
+    """Decoded crops and mask noise of one micro-batch: `Batch`, before the crops are resized."""
+
+    images: PackedCrops
     noise: Tensor
     indices: Tensor
     broken: tuple[Broken, ...] = ()
@@ -54,12 +64,36 @@ class PretrainImages(KeyedImages):
     ) -> None:
         super().__init__(source, seed, channels, bit_depth, broken)
         self.num_patches = num_patches
-        self.crop = random_crop(img_size, crop_scale, flip)
+        self.crop = RandomCrop(img_size, crop_scale, flip)
 
-    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def sample(self, pixels: Tensor, position: int, key: tuple[int, int, int]) -> tuple[Any, Tensor]:
         """Crop an image, and draw mask noise (L,)."""
         with keyed_randomness(*key):
-            return self.crop(pixels), torch.rand(self.num_patches)
+            return self.view(pixels), torch.rand(self.num_patches)
+
+    def view(self, pixels: Tensor) -> Any:
+        """Choose a crop, and compute its view (C, H, W)."""
+        return self.crop(pixels)
+
+
+class DecodedCrops(PretrainImages):
+    """The crops and the mask noise of `PretrainImages`, to be resized on the device."""
+
+    def view(self, pixels: Tensor) -> Cut:
+        """Choose a crop, and cut out its pixels."""
+        return cut_out(pixels, self.crop.draw(pixels))
 
 
 collate_pretraining = partial(collate_as, Batch)
+
+
+def collate_decoded(size: tuple[int, int], samples: list[Any]) -> PackedBatch | Unreadable:
+    """Pack samples of `DecodedCrops` for views of `size` (height, width)."""
+    return collate_as(PackedBatch, samples, partial(pack_crops, size=size))
+
+
+def images_on(device: torch.device, images: Tensor | PackedCrops) -> Tensor:
+    """Transfer images to a device, or resize packed crops there."""
+    if isinstance(images, PackedCrops):
+        return resize_crops(images, device)
+    return images.to(device, non_blocking=True)

@@ -29,12 +29,11 @@ from crossmae.errors import named_by
 from crossmae.files import check_writable
 from crossmae.models.crossmae import MAE, CrossMAE
 from crossmae.models.sizes import model_arguments
-from crossmae.pretraining.config import PretrainConfig
+from crossmae.pretraining.config import PretrainConfig, PretrainDataConfig
 from crossmae.pretraining.figures import fused_map_names, fusion_figure, reconstruction_figure
-from crossmae.pretraining.images import PretrainImages, collate_pretraining
+from crossmae.pretraining.images import DecodedCrops, PretrainImages, collate_decoded, collate_pretraining, images_on
 from crossmae.pretraining.initial_weights import build_model, say_assumed, start_from
 from crossmae.pretraining.validation import Health, HeldOut, Neighbours
-from crossmae.training.config import DataConfig
 from crossmae.training.devices import describe_place
 from crossmae.training.log import RunLog, announce_steps, describe
 from crossmae.training.loop import (
@@ -81,6 +80,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     # The training images, and the schedule that follows from their number.
     images, batches = open_images(data, model, optim.batch_size, seed, ranks)
     source = images.source
+    collate = partial(collate_decoded, model.img_size) if data.crop_on == "device" else collate_pretraining
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     factor, rule = lr_factor(optim.lr_rule, mask_ratio, predict_ratio)
     schedule = make_schedule(batches, optim, config.schedule, factor)
@@ -128,7 +128,7 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         kind="pretraining",
         model=model,
         optimizer=optimizer,
-        open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate_pretraining),
+        open_batches=image_batches(images, batches, data.workers, device.type == "cuda", collate),
         name_images=image_names(source),
         watch_broken=broken_watch(source, broken, data.broken_budget, ranks),
         loss=partial(reconstruction_loss, normalize, mask_ratio, predict_ratio),
@@ -146,14 +146,15 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
 
 
 def open_images(
-    data: DataConfig, model: CrossMAE, batch_size: int, seed: int, ranks: Ranks
+    data: PretrainDataConfig, model: CrossMAE, batch_size: int, seed: int, ranks: Ranks
 ) -> tuple[PretrainImages, BatchPlan]:
     """Open the training images, and plan their batches."""
     source = open_named(data.train, "data.train", data.root, data.limits)
     if ranks.is_main:
         warn_of_depth(source, data.bit_depth)
     crop = (model.img_size, model.num_patches, data.crop_scale, data.flip)
-    images = PretrainImages(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
+    kind = DecodedCrops if data.crop_on == "device" else PretrainImages
+    images = kind(source, *crop, seed, model.in_chans, data.bit_depth, data.broken)
     order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
     return images, BatchPlan(len(source), batch_size, seed, *order)
 
@@ -162,7 +163,8 @@ def reconstruction_loss(
     normalize: Normalize, mask_ratio: float, predict_ratio: float, model: nn.Module, batch: Any, number: int
 ) -> Losses:
     """Compute the loss of the predicted patches of a micro-batch."""
-    images, noise = (tensor.to(normalize.mean.device, non_blocking=True) for tensor in (batch.images, batch.noise))
+    device = normalize.mean.device
+    images, noise = images_on(device, batch.images), batch.noise.to(device, non_blocking=True)
     return {"loss": model(normalize(images), mask_ratio, predict_ratio, noise).loss}
 
 

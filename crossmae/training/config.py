@@ -56,9 +56,9 @@ EXAMPLES = {
     DETECT: "small_mask_rcnn.yaml",
 }
 KEYS_OF_ONE_TOOL = {
-    PRETRAIN: """health probe validation log.pictures log.pictures_every_steps model.class_tokens model.decoder
-        model.decoder_depth model.decoder_embed_dim model.decoder_num_heads model.fuse_blocks model.fuse_input
-        model.mask_block model.mask_ratio model.norm_pix_loss model.predict_ratio optim.lr_rule""",
+    PRETRAIN: """health probe validation data.crop_on log.pictures log.pictures_every_steps model.class_tokens
+        model.decoder model.decoder_depth model.decoder_embed_dim model.decoder_num_heads model.fuse_blocks
+        model.fuse_input model.mask_block model.mask_ratio model.norm_pix_loss model.predict_ratio optim.lr_rule""",
     FINETUNE: """evaluation loss data.auto_augment data.class_names data.color_jitter data.erase data.erase_count
         data.erase_mode data.per_class model.drop_path model.freeze model.head model.pool optim.layer_decay""",
     PROBE: "features few_shot knn linear logistic methods weights data.crop_pct",

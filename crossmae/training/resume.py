@@ -16,7 +16,13 @@ log = logging.getLogger(__name__)
 
 IMAGE_NAMES = "names of the images"  # in the fingerprint, as a hash
 # Settings that checkpoints of earlier versions do not record, with the values that these versions had. None: unknown.
-ADDED = {"model.mask_block": "1", "model.class_tokens": "1", "optim.name": '"adamw"', IMAGE_NAMES: None}
+ADDED = {
+    "data.crop_on": '"cpu"',
+    "model.mask_block": "1",
+    "model.class_tokens": "1",
+    "optim.name": '"adamw"',
+    IMAGE_NAMES: None,
+}
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 

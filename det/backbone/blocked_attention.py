@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Scores of a block: 4 MB in float32, which fit into the cache of a core or of its neighbours.
-BLOCK_SCORES = 2**20
+# Scores of a block: 2 MB in float32, which fit into the cache of a core or of its neighbours.
+BLOCK_SCORES = 2**19
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from crossmae.checkpoints.resample import window_of
 from crossmae.checkpoints.weights import encoder_tensors, read_weights
 from crossmae.errors import UserError, shorten
 from crossmae.models.encoder import ViTEncoder, patch_grid
+from crossmae.models.linear import torch_products
 
 HF_MODELS = {"hf-vit": "ViTModel", "hf-vitmae": "ViTMAEModel"}
 _ENCODER_SIZES = tuple(key for key in inspect.signature(ViTEncoder).parameters if key != "class_tokens")
@@ -69,7 +70,7 @@ class Encoder:
     tokens: Callable[[Any, Tensor], Tensor]
 
     def __call__(self, imgs: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), torch_products():
             return self.tokens(self.model.eval().to(imgs.dtype), imgs)
 
 

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from crossmae.data.batches import keyed_randomness
-from crossmae.data.pixels import random_crop, to_tensor
+from crossmae.data.pixels import RandomCrop, to_tensor
 from crossmae.errors import UserError
 
 Policy = Callable[[Image.Image], Image.Image]
@@ -53,7 +53,7 @@ def train_view(
     Raises:
         UserError: timm has no such policy.
     """
-    steps: list[Callable[[Any], Any]] = [random_crop(size, crop_scale, flip)]
+    steps: list[Callable[[Any], Any]] = [RandomCrop(size, crop_scale, flip)]
     if auto_augment:
         steps.append(partial(_in_colours, build_policy(auto_augment, size, mean)))
     elif color_jitter:

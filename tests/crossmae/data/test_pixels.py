@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from crossmae.data import pixels as pixels_module
 from crossmae.data.images import ImageLimits, decode_image
-from crossmae.data.pixels import centre_view, decode_plain, random_crop, read_tensor, to_tensor
+from crossmae.data.pixels import RandomCrop, centre_view, decode_plain, read_tensor, to_tensor
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 
@@ -103,7 +103,7 @@ def smooth_picture(draw: np.random.Generator, height: int, width: int, mode: str
 def test_random_crops_are_as_exact_as_those_of_pillow(size: tuple[int, int], mode: str) -> None:
     """Enlarged and reduced, against bicubic sampling in double precision, in grey levels."""
     draw, interpolation = np.random.default_rng(0), InterpolationMode.BICUBIC
-    ours = random_crop(size, (0.2, 1.0), 0.5)
+    ours = RandomCrop(size, (0.2, 1.0), 0.5)
     cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
     theirs = v2.Compose([cut, v2.RandomHorizontalFlip(0.5), v2.PILToTensor()])
     errors = []
@@ -123,6 +123,21 @@ def test_random_crops_are_as_exact_as_those_of_pillow(size: tuple[int, int], mod
         assert (found.int() - expected.int()).abs().max() <= 4
     own, of_pillow = np.mean(errors, axis=0)
     assert own < 1.05 * of_pillow < 0.4
+
+
+def test_crops_are_drawn_and_computed_as_torchvision_does() -> None:
+    """To the bit, for the same random numbers, which leave the generator in the same state."""
+    draw, interpolation = np.random.default_rng(1), InterpolationMode.BICUBIC
+    ours = RandomCrop((24, 40), (0.2, 1.0), 0.3)
+    cut = v2.RandomResizedCrop((24, 40), scale=(0.2, 1.0), interpolation=interpolation, antialias=True)
+    theirs = v2.Compose([cut, v2.RandomHorizontalFlip(0.3)])
+    for seed in range(20):
+        pixels = torch.from_numpy(draw.integers(0, 256, (3, 50, 60 + seed), np.uint8))
+        results = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            results.append((transform(pixels), torch.rand(3)))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 # Plain JPEG and PPM files, without Pillow

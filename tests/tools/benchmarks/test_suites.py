@@ -19,7 +19,7 @@ from crossmae.models.crossmae import FeatureMixer
 from tests.tools.command_line import exit_code
 from tools import benchmark
 from tools.benchmarks import backbone, pretraining, results, suites
-from tools.benchmarks.measuring import Comparison, Gate, Row, measure
+from tools.benchmarks.measuring import Comparison, Gate, Row, measure, peak_memory
 from tools.benchmarks.suites import open_suite, run_suite
 
 CPU = torch.device("cpu")
@@ -78,6 +78,17 @@ def test_a_suite_measures_all_its_rows(name):
         assert (row.suite, row.device, row.void) == (name, "cpu", "")
         assert row.ratio is None or row.ratio > 0
         assert row.gate or row.note or row.clock == "count"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["forward", "both passes"])
+def test_attention_needs_a_fraction_of_detectron2s_memory(both):
+    comparison = backbone.compare_attention("global", 1, 40, 48, 6, CPU, both, {}, {})
+    comparison.ours(), comparison.other()
+    ours, other = (peak_memory(side, CPU) for side in (comparison.ours, comparison.other))
+    if ours is None or other is None:
+        pytest.skip("this system does not tell the peak memory of a process")
+    assert other > 6 * 40**4 * 4  # a matrix of all scores
+    assert ours < other / 2  # a tenth was measured
 
 
 def test_the_papers_arithmetic_is_counted():
