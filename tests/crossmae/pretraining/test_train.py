@@ -114,7 +114,12 @@ def test_a_run_on_a_gpu_compiles_its_blocks_and_trains_the_same(
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
-    images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    images: Path,
+    labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
 ) -> None:
     """`fullgraph=True` refuses a break; blocks share their code; evaluations of other shapes compile nothing."""
     settings = judged(labelled) | {"schedule": {"epochs": 2}, "optim": {"ema": 0.9}}
@@ -128,7 +133,9 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
     torch.compiler.reset()
     for name, on in (("eager", False), ("compiled", True)):
         runtime = {"precision": precision, "compile": on, "activation_checkpointing": on and precision == "fp32"}
-        pretrain(make_config(images, tmp_path / name, **settings, runtime=runtime))
+        with caplog.at_level("INFO"):
+            pretrain(make_config(images, tmp_path / name, **settings, runtime=runtime))
+        assert ("the blocks are compiled" in caplog.text) == on
     assert len(graphs) == 3  # a block of the encoder, a block of the decoder, the mix of the maps
     for key in ("loss", "val_loss"):
         eager, compiled = (log_lines(tmp_path / name, key) for name in ("eager", "compiled"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.classification.train.objective import Objective
@@ -19,6 +20,7 @@ from crossmae.classification.vit import Architecture, build_vit, parameter_group
 from crossmae.data.pixels import Normalize
 from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining import train as pretraining
+from crossmae.pretraining.device_crops import Cut, PackedCrops, pack_crops
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.state import Loss, TrainingState
@@ -45,14 +47,27 @@ def trainer(model: nn.Module, groups: Any, loss: Loss, batch: Any, check_every: 
     return step
 
 
+def on_host(device: torch.device, **values: Any) -> SimpleNamespace:
+    """A batch as the loader gives it: pinned for a GPU."""
+    return SimpleNamespace(**(pin_memory(values) if device.type == "cuda" else values))
+
+
+def packed_crops() -> PackedCrops:
+    sides = [(40, 50), (10, 12), (33, 20), (64, 64), (32, 32), (90, 17)]
+    return pack_crops([Cut(torch.randint(256, (*side, 3), dtype=torch.uint8), True) for side in sides], (32, 32), 2**14)
+
+
 def pretraining_step(
-    check_every: int = 100, device: torch.device = CPU, precision: str = "bf16", **overrides: Any
+    check_every: int = 100,
+    device: torch.device = CPU,
+    precision: str = "bf16",
+    crops: bool = False,
+    **overrides: Any,
 ) -> Step:
     torch.manual_seed(0)
     model = CrossMAE(**SIZE, **DECODER, **overrides).to(device)
-    batch = SimpleNamespace(images=torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), noise=torch.rand(6, 16))
-    if device.type == "cuda":
-        batch = SimpleNamespace(**{key: value.pin_memory() for key, value in vars(batch).items()})
+    images = packed_crops() if crops else torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    batch = on_host(device, images=images, noise=torch.rand(6, 16))
     normalize = Normalize((0.5,) * 3, (0.3,) * 3, device)
     loss = partial(pretraining.reconstruction_loss, normalize, 0.75, 0.25)
     return trainer(model, pretraining.parameter_groups(model, 0.05), loss, batch, check_every, precision)
@@ -68,9 +83,7 @@ def classification_step(
     targets = nn.functional.one_hot(labels, 4).float() if several else labels
     labelled: Any = SimpleNamespace(classes=tuple("abcd"), targets=targets)
     model = build_vit(Architecture((32, 32), 8, 3, 16, 3, 2, 4.0), 4, drop_path=0.5).to(device)
-    batch = SimpleNamespace(images=torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), targets=targets)
-    if device.type == "cuda":
-        batch = SimpleNamespace(**{key: value.pin_memory() for key, value in vars(batch).items()})
+    batch = on_host(device, images=torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), targets=targets)
     objective = Objective(config.loss, config.data, labelled, 6, device)
     normalize = Normalize((0.5,) * 3, (0.3,) * 3, device)
     of_batch = partial(classification_loss, objective, normalize, 0, 0)
@@ -81,6 +94,7 @@ STEPS: dict[str, Callable[..., Step]] = {
     "crossmae": pretraining_step,
     "no fusion": partial(pretraining_step, fuse_blocks=()),
     "blocks of patches": partial(pretraining_step, mask_block=2, decoder="cross_self"),
+    "crops on the device": partial(pretraining_step, crops=True),
     "mae": partial(pretraining_step, decoder="self"),
     "classifier": classification_step,
     "mixup and cutmix": partial(classification_step, mixup=0.8, cutmix=1.0),
