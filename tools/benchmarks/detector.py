@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crossmae.models.layers import LayerNorm
 from crossmae.training.devices import choose_precision
+from crossmae.training.loop import steps_unread
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
 from det.backbone.weights import build_detector
@@ -28,7 +29,7 @@ from det.inference.paste import coco_results
 from det.training.optimizer import parameter_groups
 from det.training.steps import DetectorLoss
 from tools.benchmarks.measuring import Comparison, Gate, Row, largest_difference
-from tools.benchmarks.pretraining import CHECK_EVERY
+from tools.benchmarks.pretraining import LOG_EVERY
 
 Build = Callable[[], Comparison | Row]
 LR = 1e-4
@@ -133,7 +134,7 @@ def compare_training(
     """
     ours, other, loaded = make_detectors(config_file, settings)
     samples = make_samples(images, side, loaded.MODEL.ROI_HEADS.NUM_CLASSES)
-    loss = DetectorLoss(0, 1, 0, lambda steps: steps % CHECK_EVERY == 0)
+    loss = DetectorLoss(0, 1, 0, lambda steps: steps % LOG_EVERY == 0)
     precision = choose_precision("auto", device)
 
     def gate() -> Gate:
@@ -146,7 +147,8 @@ def compare_training(
         return Gate(largest_difference(*found), 1e-4)
 
     groups = parameter_groups(ours, read_keys(loaded).SOLVER, loaded.MODEL.VIT.DEPTH)
-    state = TrainingState(ours, torch.optim.AdamW(groups, lr=LR), Ranks(), precision, None, None, False, None)
+    made, unread = torch.optim.AdamW(groups, lr=LR, fused=True), steps_unread(device)
+    state = TrainingState(ours, made, Ranks(), precision, None, None, False, None, check_every=unread)
 
     def step() -> None:
         state.forward_backward(loss, samples, state.step, 1, True)

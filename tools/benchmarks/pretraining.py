@@ -18,6 +18,7 @@ from crossmae.models.sizes import model_arguments
 from crossmae.pretraining.images import Batch
 from crossmae.pretraining.train import parameter_groups, reconstruction_loss
 from crossmae.training.devices import choose_compilation, choose_precision, open_autocast
+from crossmae.training.loop import steps_unread
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
@@ -28,7 +29,7 @@ Build = Callable[[], Comparison | Row]
 PREDICT = 0.25
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LR, WEIGHT_DECAY, BETAS = 1.5e-4, 0.05, (0.9, 0.95)
-CHECK_EVERY = 20  # steps between two lines of the log
+LOG_EVERY = 20  # steps between two lines of the log
 # Ratio of decoder arithmetic, MAE of 8 blocks / CrossMAE: the paper's claim, with the products of attention counted.
 PAPER = {("base_patch16", 12, 0.25): 2.60, ("base_patch16", 8, 0.25): 3.88}
 COUNTED = ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")
@@ -125,12 +126,12 @@ def make_batch(arguments: Mapping[str, Any], images: int, device: torch.device) 
 def open_state(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> TrainingState:
     """Open the state as our trainer does by default.
 
-    On a GPU, blocks are compiled, and the host reads the check of gradients every 20 steps.
+    On a GPU, blocks are compiled, and the host does not check the gradients of every step.
     """
     device = next(model.parameters()).device
     compiled, _ = choose_compilation("auto", device)
-    check_every = CHECK_EVERY if device.type == "cuda" else 1
-    return TrainingState(model, optimizer, Ranks(), precision, None, None, compiled, None, check_every=check_every)
+    unread = steps_unread(device)
+    return TrainingState(model, optimizer, Ranks(), precision, None, None, compiled, None, check_every=unread)
 
 
 def our_step(model: CrossMAE, batch: Batch, precision: str) -> Callable[[], Tensor]:
