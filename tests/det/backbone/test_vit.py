@@ -275,7 +275,7 @@ def test_contiguous_tokens_are_bitwise_those_of_a_channels_first_view(mode):
             features = x.permute(0, 3, 1, 2)
         else:
             features = net(imgs)["last_feat"]
-            assert features.is_contiguous()
+            assert features.is_contiguous(memory_format=torch.channels_last)
         net.zero_grad()
         features.square().sum().backward()
         found.append([features.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
