@@ -243,7 +243,7 @@ def attention_backends(device: str) -> list[str]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    half = torch.float16 if device == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    half = torch.float16 if device == "cuda" and not torch.cuda.is_bf16_supported(False) else torch.bfloat16
     query = torch.zeros(1, 2, 16, 64, device=device, dtype=half)  # (batch, heads, tokens, head width)
     found = []
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):

@@ -29,6 +29,8 @@ def open_autocast(precision: str, device: torch.device) -> torch.autocast:
 def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) -> torch.device:
     """Find a device by name, and test the device.
 
+    A GPU becomes the current one, to which pinned memory, compiled code and `torch.cuda.synchronize` belong.
+
     Args:
         name: such as "cpu" or "cuda:1". "auto" is a GPU if there is one, else the CPU. "cuda" is the GPU of this
             process.
@@ -44,6 +46,8 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     try:
         device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"{key}: {chosen!r} cannot be used: {str(error).splitlines()[0]}. Name another device."
@@ -62,7 +66,9 @@ def choose_precision(precision: str, device: torch.device, key: str = "runtime.p
     Raises:
         UserError: If the device has no bf16.
     """
-    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    # GPUs before Ampere only emulate bf16: slower than fp32, and Triton does not compile it.
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = device.type == "cpu" or on_gpu
     if precision == "auto":
         pays = width >= BF16_WIDTH and multiplies_bf16() if device.type == "cpu" else has_bf16
         return "bf16" if pays else "fp32"

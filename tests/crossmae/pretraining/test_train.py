@@ -93,6 +93,8 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch's advice about fp32
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_on_a_gpu_compiles_its_blocks_and_trains_the_same(
     images: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmae.classification.vit import Architecture, build_vit
+from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.layers import DropPath
 from crossmae.training import devices
@@ -26,6 +27,7 @@ from crossmae.training.devices import (
     choose_precision,
     compile_blocks,
     multiplies_bf16,
+    open_device,
 )
 from crossmae.training.resume import resumed_precision
 
@@ -57,6 +59,33 @@ def test_capabilities_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, names:
     assert multiplies_bf16() is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert multiplies_bf16() is False
+
+
+@pytest.mark.parametrize("major", [7, 8])
+def test_auto_takes_bf16_on_a_gpu_that_computes_it(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
+    """GPUs before Ampere emulate bf16, which torch counts as support unless it is asked."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or major >= 8
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda")
+    assert choose_precision("auto", gpu) == ("bf16" if major >= 8 else "fp32")
+    if major < 8:
+        with pytest.raises(UserError, match=r"cuda has no bf16\. Choose fp16 or fp32"):
+            choose_precision("bf16", gpu)
+
+
+def test_the_chosen_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint waits for the current GPU, and its copies must be complete."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert open_device("cuda:1", "runtime.device") == torch.device("cuda:1")
+    assert open_device("auto", "runtime.device", local_rank=3, processes=4) == torch.device("cuda:3")
+    open_device("cpu", "runtime.device")
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:3")]
 
 
 def write_record(run: Path, step: int, content: Any) -> None:
@@ -178,6 +207,8 @@ def test_compiled_drop_rates_share_code_and_drop_as_often() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch's advice about fp32
 @pytest.mark.parametrize("name", ["cross", "classifier"])
 def test_compiled_blocks_on_a_gpu_compute_the_same(name: str) -> None:
     """Not run on a GPU yet."""

@@ -131,7 +131,7 @@ def test_a_precision_that_the_device_does_not_have_is_refused(run, cfg, tmp_path
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UserError, match="cuda has no tf32"):
         check_precision("tf32", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(UserError, match=r"TEST.PRECISION: cuda has no bf16"):
         check_precision("bf16", torch.device("cuda"))
 
