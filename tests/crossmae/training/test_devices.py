@@ -212,6 +212,8 @@ def test_compiled_drop_rates_share_code_and_drop_as_often() -> None:
 @pytest.mark.parametrize("name", ["cross", "classifier"])
 def test_compiled_blocks_on_a_gpu_compute_the_same(name: str) -> None:
     """Not run on a GPU yet."""
+    if obstacle := devices.compile_obstacle(torch.device("cuda")):
+        pytest.skip(obstacle)
     with torch.device("cuda"):
         model, loss_of, _ = network(name)
     expected = loss_of(model)
