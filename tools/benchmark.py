@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from crossmae.files import write_text
     from tools.benchmarks import results
-    from tools.benchmarks.suites import MINUTES, ON_GPU, open_suite, run_suite
+    from tools.benchmarks.suites import MINUTES, ON_GPU, describe_failure, open_suite, run_suite
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: torch finds no GPU here. Leave the option out.")
@@ -81,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     budget = Budget(minutes * 60, len(names))
     for name in names:
-        run_suite(name, open_suite(name, device), device, budget.share(), report)
+        share = budget.share()
+        try:
+            builds = open_suite(name, device)
+        except ImportError as error:  # of a library that the suite compares with
+            report(results.Row(name, "all rows", "", device.type, void=describe_failure(error)))
+            continue
+        run_suite(name, builds, device, share, report)
     for table in (results.format_rows(rows) if rows else "", results.format_growth(growths) if growths else ""):
         if table:
             print(f"\n{table}")

@@ -146,7 +146,7 @@ class CheckpointWriter:
         """
         self.wait()
         copied, state = self.copy(dict(tensors), "model"), self.copy(state, "state")
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # copies from the GPU may still be under way
         self.writing = self.thread.submit(save_checkpoint, run, step, copied, dict(metadata), state, record, keep)
 

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 SHORTEST = 0.02  # seconds of a side in a round: shorter calls are repeated
 MOST_CALLS = 1000  # of a side in a round
 WARM_UP = {"cpu": 1, "cuda": 20}  # calls of each side before the first round
+WARM_SECONDS = 3.0  # after which two calls are enough
 NOISE = 1e-6  # of the largest tensor: smaller tensors are rounding errors
 LEAST_BYTES = 2**20  # smaller peaks are noise, and give no ratio
 
@@ -125,6 +127,17 @@ class Clock:
     wall: Callable[[], float] = time.perf_counter
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Compute convolutions in float32 on GPUs, where torch's default is TF32."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
 def open_clock(device: torch.device, seconds: Seconds) -> Clock:
     """Choose the clocks for a device."""
     if device.type == "cuda" and seconds != "children":
@@ -159,7 +172,8 @@ def measure(
         clock: replaces the clocks of the device in tests.
     """
     kind = device.type
-    gate = comparison.gate() if comparison.gate else None
+    with exact_convolutions():
+        gate = comparison.gate() if comparison.gate else None
     about: dict[str, Any] = {
         "suite": suite,
         "what": comparison.what,
@@ -175,7 +189,9 @@ def measure(
     clock = clock or open_clock(device, comparison.seconds)
     begun, settle = clock.wall(), comparison.settle or (lambda: None)
     sides = (comparison.ours, comparison.other)
-    for _ in range(WARM_UP.get(kind, 1) - (gate is not None)):  # the gate has called both sides
+    for number in range(WARM_UP.get(kind, 1) - (gate is not None)):  # the gate has called both sides
+        if number >= 2 and clock.wall() - begun > WARM_SECONDS:
+            break
         for side in sides:
             side()
             settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import logging
@@ -79,6 +80,7 @@ def run_suite(
             found = Row(name, describe_build(build), "", device.type, void=describe_failure(error))
         report(found)
         if device.type == "cuda":
+            gc.collect()  # compiled models are in cycles
             torch.cuda.empty_cache()
 
 

@@ -27,6 +27,7 @@ from crossmae.models.layers import LayerNorm
 from crossmae.models.sizes import SIZES, model_arguments
 from crossmae.pretraining.train import parameter_groups
 from crossmae.training.devices import choose_precision
+from crossmae.training.loop import steps_unread
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
@@ -56,7 +57,7 @@ def make_state(
     torch.manual_seed(0)
     model = CrossMAE(**arguments).to(device)
     made = make_optimizer("adamw", model, parameter_groups(model, WEIGHT_DECAY), LR, BETAS)
-    return TrainingState(model, made, Ranks(), "fp32", ema, clip, False, start)
+    return TrainingState(model, made, Ranks(), "fp32", ema, clip, False, start, check_every=steps_unread(device))
 
 
 def give_gradients(parameters: list[nn.Parameter]) -> None:

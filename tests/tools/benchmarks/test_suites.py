@@ -183,3 +183,16 @@ def test_wrong_arguments_are_named(arguments):
 def test_every_suite_of_the_help_exists():
     assert set(suites.SUITES) == set(benchmark.NAMES) == set(TINY)
     assert set(suites.ON_GPU) <= set(benchmark.NAMES)
+
+
+def test_a_missing_library_voids_its_suite_alone(monkeypatch, capsys):
+    def open_suite(name, *_):
+        if name == "attention":
+            raise ModuleNotFoundError("No module named 'detectron2'")
+        return [lambda: Row("fusion", "there", "a", ratio=2.5)]
+
+    monkeypatch.setattr(suites, "open_suite", open_suite)
+    assert exit_code(benchmark.main, "attention", "fusion", "--minutes", "0.1") == 0
+    printed = capsys.readouterr().out
+    assert "No module named 'detectron2'" in printed
+    assert "fusion: there" in printed
