@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
@@ -211,12 +212,8 @@ class _Descriptor:
     """A file descriptor that is closed when its last reference is deleted."""
 
     def __init__(self, path: str) -> None:
-        self.number = -1
         self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        weakref.finalize(self, os.close, self.number)  # also at the end of the program, unlike `__del__`
 
 
 def _patiently(read: Callable[[], T], name: str) -> T:

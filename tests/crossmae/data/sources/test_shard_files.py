@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from crossmae.data.sources.shard_files import StoredFile, change_marks, expand_braces, find_files, is_url
+from crossmae.data.sources.shard_files import RangeReader, StoredFile, change_marks, expand_braces, find_files, is_url
 from crossmae.errors import UserError
 
 
@@ -67,3 +70,27 @@ def test_marks_change_with_a_remote_file() -> None:
     assert first["bytes"] == "3"
     memory.pipe_file("/marks/x.tar", b"xyz")
     assert change_marks(file) != first
+
+
+def test_open_files_are_closed_with_the_reader_and_without_a_word_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"abcdef")
+    reader = RangeReader()
+    assert reader.read(StoredFile("", str(path)), 2, 3) == b"cde"
+    (number,) = (one.number for one in reader._open.values())
+    os.fstat(number)
+    del reader
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    # A reader that an early module holds lives until Python has taken its own module apart.
+    program = f"""
+import sys
+import json.tool
+from crossmae.data.sources import shard_files
+from crossmae.data.sources.shard_files import RangeReader, StoredFile
+reader = RangeReader()
+reader.read(StoredFile("", {str(path)!r}), 0, 1)
+json.tool.kept, json.tool.module = reader, shard_files
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
