@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import crossmae
+from crossmae.errors import advise
 
 ROOT = Path(__file__).parents[1]
+IN_CLONE = (ROOT / "pyproject.toml").is_file()
 GIB = 2**30
 LITTLE_DISK_GIB = 10
 MANY_MISSING = 3  # with more missing packages, the report suggests a new environment
@@ -61,8 +63,9 @@ class ReportLine:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Return 1 if a needed package is missing."""
-    summary = "Print versions, devices, attention backends, missing packages and the command that fixes each."
-    argparse.ArgumentParser(prog="python -m crossmae.doctor", description=summary).parse_args(argv)
+    prog = sys.argv[0] if sys.argv[0] == "crossmae doctor" else "python -m crossmae.doctor"
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw).parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries warn about deprecations at import
         core, det = read_requirements()
@@ -93,17 +96,18 @@ def print_report(sections: dict[str, list[ReportLine]]) -> None:
         for fix in dict.fromkeys(row.fix for row in chosen):  # one command may fix several rows
             print(f"  {', '.join(row.name for row in chosen if row.fix == fix)}:  {fix}")
     if len(missing) > MANY_MISSING:
-        print("  all of it:  make venv")
+        print(f"  all of it:  {'make venv' if IN_CLONE else pip_command('crossmae[det]')}")
     print(f"\n{len(missing)} needed but missing" if missing else "\neverything needed is there")
 
 
 def read_requirements() -> tuple[list[str], list[str]]:
-    """Read the requirements of pretraining and of detection from setup.py.
+    """Read the requirements of pretraining and of detection.
 
-    Requirements for other versions of Python are left out. Raises SystemExit outside a clone of the repository.
+    Requirements for other versions of Python are left out. Raises SystemExit if nothing records them.
     """
     lists = read_lists()
-    core, det = ([one.partition(";")[0] for one in lists[name] if for_this_python(one)] for name in ("CORE", "DET"))
+    both = (lists["core"] + lists["train"], lists["det"])
+    core, det = ([one.partition(";")[0] for one in names if for_this_python(one)] for names in both)
     return core, det
 
 
@@ -114,23 +118,48 @@ def for_this_python(requirement: str) -> bool:
 
 
 def read_lists() -> dict[str, list[str]]:
-    """Read all lists of requirements in setup.py by name.
+    """Read all lists of requirements: "core", and the extras by name.
 
-    Raises SystemExit outside a clone of the repository.
+    They are in pyproject.toml in a clone of the repository, and in the metadata of an installed wheel. Extras that an
+    extra includes are left out. Raises SystemExit if there is neither.
     """
-    if not (ROOT / "setup.py").is_file():
-        raise SystemExit(f"{ROOT}: no setup.py here. Run the doctor in a clone of the repository.")
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.List)
-    }
+    lists = _lists_of_clone() if IN_CLONE else _lists_of_wheel()
+    return {name: [one for one in texts if library_name(one) != "crossmae"] for name, texts in lists.items()}
+
+
+def _lists_of_clone() -> dict[str, list[str]]:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    head, _, rest = text.partition("\n[project.optional-dependencies]\n")
+    core, extras = _lists_in(head.partition("\n[project]\n")[2]), _lists_in(rest.partition("\n[")[0])
+    return {"core": core["dependencies"], **extras}
+
+
+def _lists_in(table: str) -> dict[str, list[str]]:
+    # Python 3.10 reads no TOML, but a list of strings with comments is the same in Python.
+    found = re.findall(r"^([\w-]+) = (\[.*?\])(?:  #[^\n]*)?$", table, re.DOTALL | re.MULTILINE)
+    return {name: ast.literal_eval(texts) for name, texts in found}
+
+
+def _lists_of_wheel() -> dict[str, list[str]]:
+    try:
+        requirements = importlib.metadata.requires("crossmae") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f"{ROOT}: crossmae is not installed here. Run the doctor in a clone, or install it.") from None
+    lists: dict[str, list[str]] = {"core": []}
+    for requirement in requirements:
+        found = re.search(r"""(?: and )?extra == ['"]([\w-]+)['"]""", requirement)
+        plain = requirement if found is None else requirement.replace(found[0], "")
+        lists.setdefault(found[1] if found else "core", []).append(plain.strip("; "))
+    return lists
 
 
 def tested_pair() -> list[str]:
-    """Return pip requirements for the tested versions of torch and torchvision."""
-    pins = (ROOT / "requirements-tested.txt").read_text("utf-8").splitlines()
-    return [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
+    """Return pip requirements of torch and torchvision.
+
+    They name the tested versions in a clone of the repository, and the supported ranges in a wheel.
+    """
+    pins = (ROOT / "requirements-tested.txt").read_text("utf-8").splitlines() if IN_CLONE else read_lists()["core"]
+    return [pin for pin in pins if library_name(pin) in ("torch", "torchvision")]
 
 
 def _crossmae_row() -> ReportLine:
@@ -182,7 +211,7 @@ def broken_row(requirement: str, error: Exception) -> ReportLine:
         reason = f"torch and torchvision are not builds of one kind ({reason})"
         return ReportLine(name, reason, pip_command("--force-reinstall", *tested_pair()), needed=True)
     if name == "detectron2":
-        return ReportLine(name, reason, f"{shlex.quote(sys.executable)} tools/install_detectron2.py", needed=True)
+        return ReportLine(name, reason, install_detectron2(), needed=True)
     # If the library itself is installed but lacks a dependency, the same command installs the dependency.
     again = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall", "--no-deps")
     return ReportLine(name, reason, pip_command(*again, requirement), needed=True)
@@ -192,9 +221,7 @@ def _compiled_row() -> ReportLine:
     if try_import("detectron2._C"):
         return ReportLine("compiled operators", "present")
     value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-    return ReportLine(
-        "compiled operators", value, f"{shlex.quote(sys.executable)} tools/install_detectron2.py --from git"
-    )
+    return ReportLine("compiled operators", value, f"{install_detectron2()} --from git")
 
 
 def _cpu_row() -> ReportLine:
@@ -270,6 +297,11 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def install_detectron2() -> str:
+    """Return the shell command that installs detectron2 for this interpreter."""
+    return advise(f"{shlex.quote(sys.executable)} tools/install_detectron2.py")
 
 
 def pip_command(*arguments: str) -> str:

@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,30 @@ USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 LONGEST_MESSAGE = 4000  # characters
 BROKEN_PIPE_EXIT_CODE = 141
+# A wheel has tools/ and configs/ in this folder. A clone of the repository does not have it.
+SHIPPED = Path(__file__).resolve().parents[1] / "crossmae_toolkit"
+IN_WHEEL = SHIPPED.is_dir()
+# The files that the subcommands of `crossmae` run.
+COMMANDS = {
+    "pretrain": "tools/pretrain.py",
+    "finetune": "tools/finetune.py",
+    "probe": "tools/probe.py",
+    "reconstruct": "tools/reconstruct.py",
+    "detect": "tools/train_net.py",
+    "predict": "tools/predict.py",
+    "predict-classes": "tools/predict_classes.py",
+    "export": "tools/export_detector.py",
+    "convert": "tools/convert_checkpoint.py",
+    "inspect": "tools/inspect_checkpoint.py",
+    "check": "tools/check_coco.py",
+    "stats": "tools/dataset_stats.py",
+    "shards": "tools/make_shards.py",
+    "visualize": "tools/visualize_data.py",
+    "worth": "tools/worth.py",
+    "bench": "tools/benchmark.py",
+    "doctor": "crossmae/doctor.py",
+    "install-detectron2": "tools/install_detectron2.py",
+}
 # Disk errors, and what to do about them.
 DISK_TROUBLE = {
     errno.ENOSPC: "Free space, or name another folder.",
@@ -35,6 +60,7 @@ DISK_TROUBLE = {
     errno.EFBIG: "Raise the limit of file sizes (ulimit -f).",
     errno.ENAMETOOLONG: "Shorten the name.",
 }
+_PYTHON = r"[\w/.~+-]*python[\d.]*"  # an interpreter, with or without its path
 
 
 def printable(name: object) -> str:
@@ -49,6 +75,26 @@ def printable(name: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def name_commands(text: str) -> str:
+    """Write subcommands of `crossmae` in place of scripts and of editable installs."""
+    for name, path in COMMANDS.items():
+        script = re.escape(path)
+        # torchrun starts a script of Python, unless it is asked to start a program.
+        text = re.sub(rf"(torchrun [^\n]*?) {script}\b", rf"\1 --no-python crossmae {name}", text)
+        text = re.sub(rf"(?<![\w/.-])({_PYTHON} )?{script}\b", f"crossmae {name}", text)
+    text = re.sub(rf"{_PYTHON} -m crossmae\.doctor\b", "crossmae doctor", text)
+    return re.sub(r'pip install -e "?\.\[(\w+)\]"?', r'pip install "crossmae[\1]"', text)
+
+
+def advise(text: str) -> str:
+    """Name commands that exist for the reader.
+
+    They are scripts in a clone of the repository, and else subcommands of `crossmae`.
+    """
+    is_command = sys.argv[:1] and sys.argv[0].startswith("crossmae ")  # set by tools/command.py
+    return name_commands(text) if IN_WHEEL or is_command else text
+
+
 class UserError(ValueError):
     """An error that the user can correct: a path, a key, a file, a combination of settings.
 
@@ -57,7 +103,7 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         message, *details = self.args
-        message = printable(message)
+        message = advise(printable(message))
         if len(message) > LONGEST_MESSAGE:  # a value of thousands of characters; the advice is at the end
             message = f"{message[: LONGEST_MESSAGE - 500]} [...] {message[-500:]}"
         return "\n".join([message, *details])
@@ -91,7 +137,7 @@ class PrintableFormatter(logging.Formatter):
             record = copy(record)
             shown = (str, PurePath, BaseException)
             record.args = tuple(printable(arg) if isinstance(arg, shown) else arg for arg in record.args or ())
-        return super().format(record)
+        return advise(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -181,7 +227,7 @@ def exit_if_any(failures: Sequence[str], heading: str) -> None:
 
 
 def import_extra(module: str, what: str, extra: str = "data") -> Any:
-    """Import a library of an optional extra in setup.py.
+    """Import a library of an optional extra in pyproject.toml.
 
     Raises UserError if the library is not installed. The message names `what`, the feature that needs the library.
     """

@@ -11,6 +11,7 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
+from crossmae.errors import advise
 from det.library_warnings import drop_tracing_note, ignore_library_warnings, library_warnings_ignored
 
 _HOME = {
@@ -29,7 +30,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 if find_spec("detectron2") is None:
-    raise ImportError("det needs detectron2; install it with: python tools/install_detectron2.py")
+    raise ImportError(advise("det needs detectron2; install it with: python tools/install_detectron2.py"))
 ignore_library_warnings()
 drop_tracing_note()
 

@@ -1,4 +1,4 @@
-"""Proves that the lower bounds in setup.py, the floor file and the tested versions belong together."""
+"""Proves that the lower bounds in pyproject.toml, the floor file and the tested versions belong together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 from crossmae.doctor import read_lists
 
 ROOT = Path(__file__).parents[1]
-# The first versions without a hole that a file or a server of others could use; why is written in setup.py.
+# The first versions without a hole that a file or a server of others could use; why is written in pyproject.toml.
 SOUND = {
     "torch": "2.6",
     "pillow": "12.3",
@@ -46,7 +46,7 @@ PYTHONS = ["3.10", "3.11", "3.12"]
 RANGES = [
     (wanted, python)
     for name, texts in read_lists().items()
-    if name != "DEV"
+    if name != "dev"
     for wanted in map(Requirement, texts)
     for python in PYTHONS
     if is_for(wanted, python)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.errors import UserError, run_cli, set_up_log
+from crossmae.errors import UserError, advise, run_cli, set_up_log
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool is run as a file, and tools/ is not installed
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(arguments.device)
     names = arguments.suites or (ON_GPU if arguments.device == "cuda" else NAMES)
     minutes = arguments.minutes or MINUTES * len(names)
-    command = shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    command = advise(shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]))
     rows: list[results.Row] = []
     growths: list[results.Growth] = []
 

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
     formats = "\n".join(f"  {name:11} {what}" for name, what in LAYOUTS.items())
     parser = argparse.ArgumentParser(
-        description="Convert a weight file into the layout of another program, and prove that it computes the same.",
+        description=__doc__,
         epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -18,7 +18,7 @@ from crossmae.files import check_destination, write_json
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command-line parser."""
-    parser = argparse.ArgumentParser(description="Inspect a weight file: its content and its possible conversions.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", type=Path, help="weight file, or a folder with weights")
     parser.add_argument("--no-values", action="store_true", help="do not search for NaN and infinity, which is faster")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the inspection as JSON")

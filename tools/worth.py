@@ -29,7 +29,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.errors import UserError, run_cli, set_up_log
+from crossmae.errors import IN_WHEEL, UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
 from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arms", type=lambda text: text.split(","), metavar="ARM,ARM", help=ARMS_HELP)
     add("--equal-compute", action="store_true", help="also random weights with as much computation as own in all")
     add("--steps", type=int, metavar="N", help="fine-tuning steps (default: 50 passes over all labels, within limits)")
-    add("--pretrain-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of tools/pretrain.py")
+    add("--pretrain-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the pretraining")
     add("--fine-tune-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the detector or classifier")
     add("--jobs", type=int, metavar="N", help="runs at once on the processor (default: one for two cores)")
     add("--gpus", type=_seeds, metavar="N,N", help="GPUs with a run each (default: all)")
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run, and write the page."""
     started, arguments = time.monotonic(), build_parser().parse_args(argv)
     set_up_log()
+    if IN_WHEEL and not (arguments.plan or arguments.page):
+        raise UserError("crossmae worth: a wheel only plans. Pass --plan, or run it in a clone of the repository.")
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
     check_numbers(arguments)

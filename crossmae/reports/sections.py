@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crossmae.errors import counted
+from crossmae.errors import advise, counted
 from crossmae.reports import page
 from crossmae.reports.figures import PlotKeys, curve_plots
 from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
@@ -74,7 +74,7 @@ def training_section(run: RunFolder, log: LoggedNumbers, name: str, x: str, plot
 def commands(words: Mapping[str, Sequence[str]]) -> Commands:
     """Show commands, each a script of tools/ with its arguments, by heading."""
     lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
-    return Commands([(title, page.folded(line)) for title, line in lines.items()])
+    return Commands([(title, page.folded(advise(line))) for title, line in lines.items()])
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

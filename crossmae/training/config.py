@@ -27,10 +27,10 @@ from pydantic import (
 )
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
-from crossmae.errors import UserError, counted, shorten
+from crossmae.errors import IN_WHEEL, SHIPPED, UserError, counted, shorten
 from crossmae.files import decode_text, load_yaml, read_file, why_unexpanded
 
-CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_ROOT = (SHIPPED if IN_WHEEL else SHIPPED.parent) / "configs"
 
 # Config sections, and keys of the data section, that may change when a run is resumed.
 NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}

@@ -21,6 +21,7 @@ from crossmae.errors import (
     counted,
     exit_if_any,
     free_space,
+    name_commands,
     named_by,
     run_cli,
 )
@@ -134,3 +135,40 @@ def test_errors_about_a_path_name_its_key(message: str, told: str) -> None:
 )
 def test_counts_have_the_right_form(number: int, words: tuple[str, ...], told: str) -> None:
     assert counted(number, *words) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("python tools/train_net.py --resume", "crossmae detect --resume"),
+        ("Run `/a-b/.venv/bin/python3.11 tools/install_detectron2.py`.", "Run `crossmae install-detectron2`."),
+        ("by tools/predict.py or tools/predict_classes.py", "by crossmae predict or crossmae predict-classes"),
+        (
+            "torchrun --nproc-per-node 8 tools/pretrain.py a=1",
+            "torchrun --nproc-per-node 8 --no-python crossmae pretrain a=1",
+        ),
+        (
+            'pip install -e ".[det]", then python -m crossmae.doctor',
+            'pip install "crossmae[det]", then crossmae doctor',
+        ),
+        ("pip install -e .[demo]", 'pip install "crossmae[demo]"'),
+        ("python tools/study.py", "python tools/study.py"),  # no subcommand
+        ("my/tools/predict.py and mytools/predict.py", "my/tools/predict.py and mytools/predict.py"),
+    ],
+)
+def test_commands_are_named_as_in_a_wheel(text: str, told: str) -> None:
+    assert name_commands(text) == told
+
+
+def test_advice_depends_on_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = UserError("a.json: is bad. Check it: python tools/check_coco.py a.json")
+    record = logging.LogRecord("x", logging.INFO, "", 0, "see python tools/check_coco.py", (), None)
+    monkeypatch.setattr("sys.argv", ["tools/train_net.py"])
+    assert str(error) == error.args[0]
+    assert PrintableFormatter().format(record) == record.msg
+    monkeypatch.setattr("sys.argv", ["crossmae detect"])
+    assert str(error) == "a.json: is bad. Check it: crossmae check a.json"
+    assert PrintableFormatter().format(record) == "see crossmae check"
+    monkeypatch.setattr("sys.argv", ["my_program.py"])
+    monkeypatch.setattr("crossmae.errors.IN_WHEEL", True)
+    assert str(error) == "a.json: is bad. Check it: crossmae check a.json"

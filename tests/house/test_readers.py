@@ -14,7 +14,7 @@ UNBOUNDED = {"json.load", "json.loads", "yaml.safe_load", "yaml.load", "ast.lite
 # Files that may call an unbounded parser, with the reason.
 ALLOWED = {
     "crossmae/files/parsing.py": "the bounded readers",
-    "crossmae/doctor.py": "our own setup.py, before any library is known to be installed",
+    "crossmae/doctor.py": "our own pyproject.toml, before any library is known to be installed",
     "det/evaluation/report.py": "what json.dumps has just written",
     "det/training/checkpoint.py": "what json.dumps has just written",
     "det/training/train.py": "what json.dumps has just written",

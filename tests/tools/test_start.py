@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from crossmae.errors import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "torchvision", "detectron2", "timm", "matplotlib", "scipy", "sklearn", "pandas", "transformers"]
@@ -36,11 +39,16 @@ needs_detectron2 = pytest.mark.skipif(
 )
 
 
-def run(*commands: list[str]) -> tuple[list[list[object]], str]:
-    """Exit code and loaded heavy libraries after each command, and everything on stderr."""
+def start(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the commands after each other in a fresh interpreter."""
     words = [sys.executable, "-c", RUN, json.dumps([HEAVY, commands])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+
+
+def run(*commands: list[str]) -> tuple[list[list[object]], str]:
+    """Exit code and loaded heavy libraries after each command, and everything on stderr."""
+    done = start(*commands)
     return [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("DONE ")], done.stderr
 
 
@@ -48,6 +56,19 @@ def run(*commands: list[str]) -> tuple[list[list[object]], str]:
 def test_help_of_every_tool_loads_no_heavy_library() -> None:
     results, _ = run(*([tool, "--help"] for tool in TOOLS))
     assert results == [[tool, 0, []] for tool in TOOLS]
+
+
+@needs_detectron2
+def test_help_of_every_subcommand_is_quick_and_has_examples_of_it() -> None:
+    names = list(COMMANDS)
+    texts = re.split(
+        r"^DONE (.*)\n", start(*(["tools/command.py", name, "--help"] for name in names)).stdout, flags=re.M
+    )
+    assert [json.loads(text) for text in texts[1::2]] == [["tools/command.py", 0, []]] * len(names)
+    for name, text in zip(names, texts[::2], strict=False):
+        assert text.startswith(f"usage: crossmae {name} ")
+        assert re.search(rf"\n    crossmae {name}( |$)", text, re.M), text
+        assert not [path for path in COMMANDS.values() if path in text], text
 
 
 @needs_detectron2

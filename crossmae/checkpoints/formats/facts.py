@@ -32,7 +32,7 @@ from crossmae.checkpoints.metadata import (
     recorded_value,
 )
 from crossmae.checkpoints.resample import is_sincos, table_grid
-from crossmae.errors import UserError
+from crossmae.errors import UserError, advise
 from crossmae.models.encoder import patch_grid
 from crossmae.models.sizes import SIZES
 
@@ -190,7 +190,7 @@ def assumed_lines(
         if name == "activation":
             advice = "The toolkit has no other, so do not use weights of another activation"
         elif key is None:
-            advice = f"Record it by tools/convert_checkpoint.py {setting} if it differs"
+            advice = advise(f"Record it by tools/convert_checkpoint.py {setting} if it differs")
         else:
             advice = f"{'Add' if key.startswith('--') else word} {setting} if it differs"
         lines.append(f"{name}: {_shown(fact.value)} is assumed {fact.why}, the file does not tell. {advice}")
