@@ -81,6 +81,8 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     images, batches = open_images(data, model, optim.batch_size, seed, ranks)
     source = images.source
     collate = partial(collate_decoded, model.img_size) if data.crop_on == "device" else collate_pretraining
+    if data.crop_on == "device" and device.type == "cpu":
+        log.warning("data.crop_on=device: there is no GPU, so crops are slower than with data.crop_on=cpu")
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     factor, rule = lr_factor(optim.lr_rule, mask_ratio, predict_ratio)
     schedule = make_schedule(batches, optim, config.schedule, factor)

@@ -26,7 +26,9 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision != "tf32":
         choose_precision(precision, device, PRECISION_KEY)
     elif device.type != "cuda" or torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
-        raise UserError(f"{PRECISION_KEY}: {device} has no tf32. Set TEST.PRECISION=fp32.")
+        raise UserError(
+            f"{PRECISION_KEY}: tf32 needs a GPU from Ampere on, and this is {device}. Set TEST.PRECISION=fp32 or bf16."
+        )
 
 
 @contextmanager

@@ -130,9 +130,11 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
     else:
         decay = "".join(f", x {solver.GAMMA:g} after step {step:,}" for step in schedule.milestones)
     return (
-        f"{counted(schedule.total_steps, 'step')} of {counted(batch, 'image')}{parts}: {epochs:.4g} epochs of "
+        f"{counted(schedule.total_steps, 'step')} of {counted(batch, 'image')}{parts}: {epochs:.4g} "
+        f"{'epoch' if epochs == 1 else 'epochs'} of "
         f"{counted(num_images, 'image')}; "
-        f"learning rate {schedule.peak_lr:.3g}{rule}{layers}, after {schedule.warmup_steps:,} steps of warm-up{decay}"
+        f"learning rate {schedule.peak_lr:.3g}{rule}{layers}, "
+        f"after {counted(schedule.warmup_steps, 'step')} of warm-up{decay}"
     )
 
 

@@ -54,6 +54,7 @@ def train(cfg: CfgNode, resume: bool = False) -> Results:
         UserError: data, weights or settings are wrong (nothing has been written then); or a loss, a gradient or a
             weight is not finite.
     """
+    check_precision(cfg.TEST.PRECISION, torch.device(cfg.MODEL.DEVICE))
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", "training data")
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not cfg.DATASETS.TEST:
@@ -93,8 +94,6 @@ def build_job(
     """Build and check model, data and schedule, without writing files."""
     keys, folder = read_keys(cfg), Path(cfg.OUTPUT_DIR)
     solver, depth = keys.SOLVER, keys.MODEL.VIT.DEPTH
-    if cfg.DATASETS.TEST:
-        check_precision(keys.TEST.PRECISION, device)
     check_writable(folder, "OUTPUT_DIR")
     seed_all_rng(cfg.SEED)
     # The training images, and the schedule that follows from their number.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,11 @@ from crossmae.training.versions import versions
 from tools.benchmarks.measuring import Gate, Row
 
 FORMAT = 1
+COMPARED = ("transformers", "detectron2", "sal-detectron2", "pycocotools", "hotcoco", "simplejpeg", "fvcore")
+LEGEND = (
+    "Ratio: time of the other side / ours, so above 1, ours is faster. Its range is that of the rounds. "
+    "Memory: our peak / theirs. Gate: largest difference of the results, and its limit."
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def format_rows(rows: Sequence[Row], style: str = "simple") -> str:
     from tabulate import tabulate
 
     widths = _WIDTHS if style == "simple" else None
-    headers = ("suite", "what", "against", "goal", "ratio", "range", "memory", "gate", "ours / other", "")
+    headers = ("suite", "what", "against", "goal", "ratio", "range", "memory", "gate", "ours / other", "verdict")
     return str(tabulate([_cells(row) for row in rows], headers, style, disable_numparse=True, maxcolwidths=widths))
 
 
@@ -58,10 +66,10 @@ _WIDTHS = [None, 44, 30, None, None, None, None, None, None, 30]
 
 
 def _cells(row: Row) -> list[str]:
-    goal = "" if row.goal is None else f"{row.goal:g}"
+    goal = "" if row.goal is None else f"{row.goal:.3g}"
     ratio = "void" if row.void else "" if row.ratio is None else f"{row.ratio:.2f}"
     spread = "" if row.lowest is None or row.clock == "count" else f"{row.lowest:.2f}-{row.highest:.2f}"
-    memory = "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
+    memory = "" if row.memory_ratio is None else "< 0.01" if row.memory_ratio < 0.01 else f"{row.memory_ratio:.2f}"
     if row.memory_goal is not None:
         memory += f" (<= {row.memory_goal:g})"
     times = "" if row.seconds is None else f"{_time(row.seconds)} / {_time(row.other_seconds or 0.0)}"
@@ -101,7 +109,8 @@ def format_growth(growths: Sequence[Growth], style: str = "simple") -> str:
             megabytes = growth.megabytes[index]
             memory = "" if megabytes is None else f"{megabytes:.1f}"
             first = (growth.what, f"{growth.exponent:.2f}") if index == 0 else ("", "")
-            lines.append([first[0], f"{size:,} {growth.unit}", _time(growth.seconds[index]), memory, first[1]])
+            unit = growth.unit.replace("images", "image") if size == 1 else growth.unit
+            lines.append([first[0], f"{size:,} {unit}", _time(growth.seconds[index]), memory, first[1]])
     return str(tabulate(lines, ("what", "size", "time", "MB", "exponent"), style, disable_numparse=True))
 
 
@@ -110,10 +119,20 @@ def format_page(rows: Sequence[Row], growths: Sequence[Growth], command: str, de
     about, found = describe_machine(device), versions()
     place = about.get("gpu") or f"{about['processor']}, {about['cores']} cores, {torch.get_num_threads()} thread(s)"
     date = datetime.now(timezone.utc).date()
-    lines = [f"`{command}`", f"{date}, {place}, torch {found['torch']}, revision {found['git']}"]
+    others = ", ".join(f"{name} {version}" for name, version in compared_versions().items())
+    lines = [f"`{command}`", f"{date}, {place}, torch {found['torch']}, revision {found['git']}. {others}", LEGEND]
     lines += [format_rows(rows, "github")] if rows else []
     lines += [format_growth(growths, "github")] if growths else []
     return "\n\n".join(lines) + "\n"
+
+
+def compared_versions() -> dict[str, str]:
+    """Find the versions of the installed libraries that the suites use."""
+    found = {}
+    for name in COMPARED:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -149,7 +168,7 @@ def build_record(
         "format": FORMAT,
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": versions() | compared_versions(),
         "machine": describe_machine(device),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -181,10 +200,17 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.plot(row.ratio, place, "o", color=colour)
         if row.goal is not None:
             axes.plot(row.goal, place, "|", color="black", markersize=14, markeredgewidth=2)
-    axes.set_yticks(
-        range(len(shown)), [f"{row.suite}: {row.what}, against {row.against}"[:90] for row in shown], fontsize=7
-    )
+    labels = [textwrap.shorten(f"{row.suite}: {row.what}, against {row.against}", 110) for row in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel("ratio of the other side to ours, above 1 is faster; bar: range; black mark: goal")
-    axes.set_title(title, fontsize=9)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    figure.supxlabel(
+        "seconds of the other side / ours (flops: counted arithmetic); line: range; black mark: goal\n"
+        "green: goal met, red: missed, blue: no goal",
+        fontsize=9,
+    )
+    figure.suptitle("\n".join(textwrap.wrap(title, 120)), fontsize=9)
     figure.savefig(path, dpi=120)

@@ -118,7 +118,7 @@ def test_tf32_is_allowed_for_the_time_of_a_prediction(allowed):
 
 
 def test_a_precision_that_the_device_does_not_have_is_refused(run, cfg, tmp_path, monkeypatch):
-    message = "TEST.PRECISION: cpu has no tf32. Set TEST.PRECISION=fp32."
+    message = "TEST.PRECISION: tf32 needs a GPU from Ampere on, and this is cpu. Set TEST.PRECISION=fp32 or bf16."
     with pytest.raises(UserError, match=message):
         open_predictor(run, "tf32")
     path, images, _ = write_coco(tmp_path / "data")
@@ -129,7 +129,7 @@ def test_a_precision_that_the_device_does_not_have_is_refused(run, cfg, tmp_path
             start(copy.deepcopy(cfg))
     assert not (tmp_path / "output").exists()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UserError, match="cuda has no tf32"):
+    with pytest.raises(UserError, match="and this is cuda"):
         check_precision("tf32", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(UserError, match=r"TEST.PRECISION: cuda has no bf16"):
