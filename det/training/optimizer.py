@@ -134,7 +134,7 @@ def describe_schedule(schedule: StepSchedule, solver: SolverKeys, num_images: in
         f"{'epoch' if epochs == 1 else 'epochs'} of "
         f"{counted(num_images, 'image')}; "
         f"learning rate {schedule.peak_lr:.3g}{rule}{layers}, "
-        f"after {counted(schedule.warmup_steps, 'step')} of warm-up{decay}"
+        f"after {counted(int(schedule.warmup_steps), 'step')} of warm-up{decay}"
     )
 
 
