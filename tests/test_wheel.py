@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from importlib import metadata
@@ -93,7 +94,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    shutil.unpack_archive(build(source, "sdist", folder), folder, filter="data")
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.2 and 3.10 have no filter
+    with tarfile.open(build(source, "sdist", folder)) as archive:
+        archive.extractall(folder, **safe)
     return build(folder / f"crossmae-{crossmae.__version__}", "wheel", folder)
 
 
