@@ -270,7 +270,9 @@ def attention_backends(device: str) -> list[str]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    half = torch.float16 if device == "cuda" and not torch.cuda.is_bf16_supported(False) else torch.bfloat16
+    from crossmae.training.devices import has_bf16
+
+    half = torch.bfloat16 if has_bf16(torch.device(device)) else torch.float16
     query = torch.zeros(1, 2, 16, 64, device=device, dtype=half)  # (batch, heads, tokens, head width)
     found = []
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):

@@ -112,10 +112,15 @@ def _is_about_shared_memory(text: str) -> bool:
     return "shared memory" in text or "file </torch_" in text
 
 
+def own_cores() -> int:
+    """Count the cores of this process, among the processes that torchrun started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 def usable_workers(asked: int) -> int:
     """Limit the number of workers to the cores available to this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    cores = own_cores()
     if asked > cores:
         log.info("%d processes read images, not %d: there are no more cores", cores, asked)
     return min(asked, cores)

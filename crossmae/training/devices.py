@@ -66,15 +66,21 @@ def choose_precision(precision: str, device: torch.device, key: str = "runtime.p
     Raises:
         UserError: If the device has no bf16.
     """
-    # GPUs before Ampere only emulate bf16: slower than fp32, and Triton does not compile it.
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    has_bf16 = device.type == "cpu" or on_gpu
     if precision == "auto":
-        pays = width >= BF16_WIDTH and multiplies_bf16() if device.type == "cpu" else has_bf16
+        pays = width >= BF16_WIDTH and multiplies_bf16() if device.type == "cpu" else has_bf16(device)
         return "bf16" if pays else "fp32"
-    if precision == "bf16" and not has_bf16:
+    if precision == "bf16" and not has_bf16(device):
         raise UserError(f"{key}: {device} has no bf16. Choose fp16 or fp32.")
     return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Check for bf16 on a device.
+
+    GPUs before Ampere only emulate bf16: slower than fp32, and Triton does not compile it.
+    """
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" or on_gpu
 
 
 def multiplies_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""detectron2's R-CNN with fewer copies to the device, and channels-last heads on a GPU. Not run on a GPU yet."""
+"""detectron2's R-CNN with fewer copies to the device, and channels-last heads. Not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import Backbone, GeneralizedRCNN
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
@@ -32,9 +32,7 @@ class Detector(GeneralizedRCNN):
         """Pad, copy and normalise images (C, h, w). The padding is zero."""
         images = [sample["image"] for sample in batched_inputs]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        constraints = self.backbone.padding_constraints
-        divisor = constraints.get("size_divisibility", self.backbone.size_divisibility)
-        height, width = padded_size(sizes, divisor, constraints.get("square_size", 0))
+        height, width = padded_size(sizes, self.backbone)
         # detectron2 crops an image that is larger than the square, or fails.
         fits = all(h <= height and w <= width for h, w in sizes)
         if not fits or len({(image.shape[:-2], image.dtype, image.device) for image in images}) > 1:
@@ -49,15 +47,16 @@ class Detector(GeneralizedRCNN):
         return ImageList(pixels, sizes)
 
 
-def padded_size(sizes: Sequence[tuple[int, int]], divisor: int, square: int) -> tuple[int, int]:
-    """Compute height and width of a batch, as `ImageList.from_tensors` does.
+def padded_size(sizes: Sequence[Sequence[int]], backbone: Backbone) -> tuple[int, int]:
+    """Compute the size of a padded batch, as `ImageList.from_tensors` does.
 
-    The batch is a square if `square` is greater than 0. Both sides are multiples of `divisor`, if it is greater than 1.
+    `sizes` are (h, w) of the images. Returns height and width.
     """
+    constraints = backbone.padding_constraints
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    if square > 0:
+    if (square := constraints.get("square_size", 0)) > 0:
         height = width = square
-    divisor = max(divisor, 1)
+    divisor = max(constraints.get("size_divisibility", backbone.size_divisibility), 1)
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 

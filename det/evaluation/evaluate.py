@@ -35,7 +35,7 @@ from det.evaluation.curves import precision_recall_figure
 from det.evaluation.pictures import save_pictures, validation_pictures
 from det.evaluation.run_files import HEADLINE, TASKS
 from det.evaluation.scoring import DetectionScores, count_detections, score_results
-from det.inference.ordered_threads import host_threads, map_in_order
+from det.inference.ordered_threads import encode_in_order, host_threads
 from det.inference.paste import coco_results
 from det.inference.precision import detect
 from det.library_warnings import library_warnings_ignored
@@ -140,7 +140,7 @@ def predict(
         return coco_results(instances, sample["image_id"], sample["height"], sample["width"], category_ids)
 
     with inference_context(model), torch.no_grad():
-        encoded = map_in_order(encode, found(), threads, lambda prediction: prediction[0]["file_name"])
+        encoded = encode_in_order(encode, found(), threads, lambda prediction: prediction[0]["file_name"])
         return list(itertools.chain.from_iterable(encoded))
 
 

@@ -1,22 +1,20 @@
-"""A function of many items in threads, with the results in order and few items at a time."""
+"""Encoding of predictions in threads while the device computes, with the results in order."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+from crossmae.data.parallel import map_in_order
+from crossmae.data.workers import own_cores
 from crossmae.errors import UserError, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 MOST_THREADS = 4
-ITEMS_PER_THREAD = 4  # items that are computed or wait, for each thread
 
 
 def host_threads(device: torch.device) -> int:
@@ -24,18 +22,13 @@ def host_threads(device: torch.device) -> int:
 
     On a CPU it is 0, because the model uses the processors itself.
     """
-    if device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(min(MOST_THREADS, cores // processes - 1), 1)
+    return 0 if device.type == "cpu" else max(min(MOST_THREADS, own_cores() - 1), 1)
 
 
-def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int, name: Callable[[T], str]) -> Iterator[R]:
-    """Yield `function(item)` for each item, in order.
-
-    At most `ITEMS_PER_THREAD` * `threads` items have been taken whose results have not been yielded. An error of
-    `function` or `items` ends the iteration after the running calls.
+def encode_in_order(
+    function: Callable[[T], R], items: Iterable[T], threads: int, name: Callable[[T], str]
+) -> Iterator[R]:
+    """Apply a function to items, with `map_in_order` if there are threads.
 
     Args:
         threads: number of threads. 0 calls the function between two items.
@@ -54,17 +47,4 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int, n
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RuntimeError(f"{printable(name(item))}: the predictions cannot be encoded: {reason}") from error
 
-    if threads == 0:
-        yield from map(call, items)
-        return
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads, "results") as executor:
-        try:
-            for item in items:
-                pending.append(executor.submit(call, item))
-                while pending and (pending[0].done() or len(pending) >= ITEMS_PER_THREAD * threads):
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+    return map_in_order(call, items, threads) if threads else map(call, items)

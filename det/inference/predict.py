@@ -23,6 +23,7 @@ from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError, counted
 from crossmae.files import decode_text, read_file
 from crossmae.models.class_names import describe_difference, list_names, pair_names
+from det.backbone.detector import padded_size
 from det.backbone.weights import build_trained, find_detector
 from det.classes import Classes, classes_of, match_ids
 from det.config import RECORD, check_config, choose_device, image_limits
@@ -149,18 +150,11 @@ class Predictor:
         for index, pixels in enumerate(read_rgb(image, self.limits) for image in images):
             image, _ = augment(pixels, self._augmentations, self._format)  # as in evaluation
             inputs.append({"image": image, "height": pixels.shape[0], "width": pixels.shape[1]})
-            groups[self._padded_size(image)].append(index)
+            groups[padded_size([image.shape[1:]], self.model.backbone)].append(index)
         found: dict[int, Instances] = {}
         for indices in groups.values():
             found |= zip(indices, model([inputs[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(inputs))]
-
-    def _padded_size(self, image: torch.Tensor) -> tuple[int, ...]:
-        constraints = self.model.backbone.padding_constraints
-        if constraints.get("square_size"):
-            return (constraints["square_size"],)
-        divisor = constraints["size_divisibility"]
-        return tuple(-(-side // divisor) * divisor for side in image.shape[1:])
 
 
 def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:

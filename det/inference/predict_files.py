@@ -41,7 +41,7 @@ from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.arguments import COCO_FILE
 from det.inference.draw import draw_instances, instances_from_coco
-from det.inference.ordered_threads import map_in_order
+from det.inference.ordered_threads import encode_in_order
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
@@ -248,7 +248,7 @@ class FilePredictions:
     ) -> Iterator[tuple[Item, NDArray[np.uint8]]]:
         """Predict batches of (item, entry, pixels). Yield items with drawn pixels."""
         names, detected = self.classes.by_id(), self._detect(images, len(coco.images))
-        annotated = map_in_order(self._annotate, detected, self.threads, lambda one: one.entry["file_name"])
+        annotated = encode_in_order(self._annotate, detected, self.threads, lambda one: one.entry["file_name"])
         for one, found in annotated:
             coco.add(one.entry, found)
             self.images += 1

@@ -1,12 +1,18 @@
-"""Small image folders that tests of training share."""
+"""Small image folders, and graphs of compiled blocks, that tests of training share."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from crossmae.training import state
+from crossmae.training.devices import compile_blocks
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +39,17 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = np.broadcast_to(wave[:, None] if name == "across" else wave, (32, 32))
                 Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(root / split / name / f"{index}.png")
     return root
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs of the blocks that runs compile, which run as they are."""
+    found: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(graph)
+        return graph
+
+    monkeypatch.setattr(state, "compile_blocks", partial(compile_blocks, backend=backend))
+    torch.compiler.reset()
+    return found

@@ -19,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from crossmae.models.layers import LayerNorm
+from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_precision
 from crossmae.training.loop import steps_unread
 from crossmae.training.processes import Ranks
@@ -29,7 +30,6 @@ from det.inference.paste import coco_results
 from det.training.optimizer import parameter_groups
 from det.training.steps import DetectorLoss
 from tools.benchmarks.measuring import Comparison, Gate, Row, largest_difference
-from tools.benchmarks.pretraining import LOG_EVERY
 
 Build = Callable[[], Comparison | Row]
 LR = 1e-4
@@ -134,7 +134,7 @@ def compare_training(
     """
     ours, other, loaded = make_detectors(config_file, settings)
     samples = make_samples(images, side, loaded.MODEL.ROI_HEADS.NUM_CLASSES)
-    loss = DetectorLoss(0, 1, 0, lambda steps: steps % LOG_EVERY == 0)
+    loss = DetectorLoss(0, 1, 0, lambda steps: steps % RunSettings.log_every == 0)
     precision = choose_precision("auto", device)
 
     def gate() -> Gate:

@@ -29,7 +29,6 @@ Build = Callable[[], Comparison | Row]
 PREDICT = 0.25
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LR, WEIGHT_DECAY, BETAS = 1.5e-4, 0.05, (0.9, 0.95)
-LOG_EVERY = 20  # steps between two lines of the log
 # Ratio of decoder arithmetic, MAE of 8 blocks / CrossMAE: the paper's claim, with the products of attention counted.
 PAPER = {("base_patch16", 12, 0.25): 2.60, ("base_patch16", 8, 0.25): 3.88}
 COUNTED = ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")

@@ -6,10 +6,8 @@ import os
 import platform
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from crossmae.doctor import installed_version
 from crossmae.files import write_json
 from crossmae.training.versions import versions
 from tools.benchmarks.measuring import Gate, Row
@@ -128,11 +127,7 @@ def format_page(rows: Sequence[Row], growths: Sequence[Growth], command: str, de
 
 def compared_versions() -> dict[str, str]:
     """Find the versions of the installed libraries that the suites use."""
-    found = {}
-    for name in COMPARED:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {name: version for name in COMPARED if (version := installed_version(name))}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

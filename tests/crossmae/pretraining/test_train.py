@@ -121,20 +121,12 @@ def test_a_compiled_step_has_no_graph_break_and_trains_the_same(
     images: Path,
     labelled: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    graphs: list[Any],
     caplog: pytest.LogCaptureFixture,
     precision: str,
 ) -> None:
     """`fullgraph=True` refuses a break; blocks share their code; evaluations of other shapes compile nothing."""
     settings = judged(labelled) | {"schedule": {"epochs": 2}, "optim": {"ema": 0.9}}
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(state, "compile_blocks", partial(compile_blocks, backend=backend))
-    torch.compiler.reset()
     for name, on in (("eager", False), ("compiled", True)):
         runtime = {"precision": precision, "compile": on, "activation_checkpointing": on and precision == "fp32"}
         with caplog.at_level("INFO"):

@@ -20,7 +20,7 @@ from crossmae.classification.vit import Architecture, build_vit
 from crossmae.errors import UserError
 from crossmae.models.crossmae import CrossMAE
 from crossmae.models.layers import DropPath
-from crossmae.training import devices
+from crossmae.training import devices, state
 from crossmae.training.devices import (
     BF16_WIDTH,
     choose_compilation,
@@ -147,22 +147,11 @@ def network(name: str) -> Network:
     return pretrained, lambda model: model(images, noise=noise).loss, names
 
 
-def compiled_graphs(model: nn.Module) -> list[Any]:
-    """Compile the blocks of a model, and return the list of graphs, which grows as they are compiled."""
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    torch.compiler.reset()
-    compile_blocks(model, backend=backend)  # type: ignore[arg-type]
-    return graphs
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(("name", "graphs"), [("cross", 3), ("cross_self", 3), ("self", 2), ("classifier", 1)])
-def test_blocks_of_equal_structure_share_code_and_copies_are_not_compiled(name: str, graphs: int) -> None:
+@pytest.mark.parametrize(("name", "count"), [("cross", 3), ("cross_self", 3), ("self", 2), ("classifier", 1)])
+def test_blocks_of_equal_structure_share_code_and_copies_are_not_compiled(
+    name: str, count: int, graphs: list[Any]
+) -> None:
     """Twelve blocks are more than torch compiles of one function, so that they must share."""
     model, loss_of, names = network(name)
     expected = loss_of(model)
@@ -170,14 +159,14 @@ def test_blocks_of_equal_structure_share_code_and_copies_are_not_compiled(name: 
     gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     keys = list(model.state_dict())
-    found = compiled_graphs(model)
+    state.compile_blocks(model)
     loss = loss_of(model)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for key, parameter in model.named_parameters():
         if key in gradients:
             torch.testing.assert_close(parameter.grad, gradients[key], msg=key)
-    assert len(found) == graphs
+    assert len(graphs) == count
     assert [key for key, module in model.named_modules() if module._compiled_call_impl] == names
     assert list(model.state_dict()) == keys
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -186,16 +175,16 @@ def test_blocks_of_equal_structure_share_code_and_copies_are_not_compiled(name: 
             parameter.data.zero_()
         assert loss_of(other) != loss  # it has its own weights
     assert loss_of(model) == loss
-    assert len(found) == graphs
+    assert len(graphs) == count
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_drop_rates_share_code_and_drop_as_often() -> None:
+def test_compiled_drop_rates_share_code_and_drop_as_often(graphs: list[Any]) -> None:
     model = build_vit(Architecture((32, 32), 8, 3, 16, 12, 2, 4.0), 5, drop_path=0.3)
-    found = compiled_graphs(model)
+    state.compile_blocks(model)
     for _ in range(2):
         model(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert len(found) == 2  # the first block drops nothing
+    assert len(graphs) == 2  # the first block drops nothing
     layers = nn.ModuleDict({"blocks": nn.ModuleList(DropPath(rate) for rate in (0.0, 0.3, 0.9))})
     compile_blocks(layers, backend="eager")
     for layer in layers["blocks"]:  # type: ignore[attr-defined]

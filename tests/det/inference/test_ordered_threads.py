@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
+from crossmae.data.parallel import AHEAD
 from crossmae.errors import UserError
-from det.inference.ordered_threads import ITEMS_PER_THREAD, MOST_THREADS, host_threads, map_in_order
+from det.inference.ordered_threads import MOST_THREADS, encode_in_order, host_threads
 
 
 def slow_square(number):
@@ -17,8 +18,8 @@ def slow_square(number):
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_results_are_in_order(threads):
-    assert list(map_in_order(slow_square, range(40), threads, str)) == [number**2 for number in range(40)]
-    assert list(map_in_order(slow_square, [], threads, str)) == []
+    assert list(encode_in_order(slow_square, range(40), threads, str)) == [number**2 for number in range(40)]
+    assert list(encode_in_order(slow_square, [], threads, str)) == []
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -31,11 +32,11 @@ def test_few_items_are_held(threads):
             taken += 1
             yield taken
 
-    for given, _ in enumerate(map_in_order(slow_square, items(), threads, str)):
+    for given, _ in enumerate(encode_in_order(slow_square, items(), threads, str)):
         most = max(most, taken - given)
         time.sleep(0.001)
     assert given == 59
-    assert 1 <= most <= max(ITEMS_PER_THREAD * threads, 1)
+    assert 1 <= most <= max(AHEAD * threads, 1)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -47,7 +48,7 @@ def test_an_error_names_its_item_and_ends_the_threads(threads):
 
     before, given = threading.active_count(), []
     with pytest.raises(RuntimeError, match=r"photo 5\.jpg: the predictions cannot be encoded: 'lost\\nmask'") as caught:
-        given.extend(map_in_order(fail, range(100), threads, "photo {}.jpg".format))
+        given.extend(encode_in_order(fail, range(100), threads, "photo {}.jpg".format))
     assert isinstance(caught.value.__cause__, KeyError)
     assert threading.active_count() == before
 
@@ -59,7 +60,7 @@ def test_errors_for_the_user_stay_as_they_are(threads, error):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        list(map_in_order(fail, range(3), threads, str))
+        list(encode_in_order(fail, range(3), threads, str))
     assert caught.value is error
 
 
@@ -79,7 +80,7 @@ def test_a_stop_between_items_waits_only_for_running_calls(threads):
 
     begun, before = time.monotonic(), threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        list(map_in_order(slow, items(), threads, str))
+        list(encode_in_order(slow, items(), threads, str))
     assert time.monotonic() - begun < 2
     assert threading.active_count() == before
     assert len(called) <= (4 if threads else 7)
@@ -87,7 +88,7 @@ def test_a_stop_between_items_waits_only_for_running_calls(threads):
 
 def test_a_reader_that_ends_early_ends_the_threads():
     before = threading.active_count()
-    results = map_in_order(slow_square, range(100), 2, str)
+    results = encode_in_order(slow_square, range(100), 2, str)
     assert next(results) == 0
     results.close()
     assert threading.active_count() == before

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.files import sha256
 from crossmae.models.crossmae import CrossMAE
-from crossmae.training import state as state_module
-from crossmae.training.devices import compile_blocks
 from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
 from tests.crossmae.classification.classifiers import write_classifier
@@ -557,17 +554,9 @@ def test_classes_without_names_are_compared_by_number(
 # torch hides this warning of its own access, but not from pytest, which turns it into an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_train_the_same_and_evaluations_compile_nothing(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, graphs: list[Any]
 ) -> None:
     """All blocks share their code, also with activation checkpointing and averaged weights."""
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(state_module, "compile_blocks", partial(compile_blocks, backend=backend))
-    torch.compiler.reset()
     settings: dict[str, Any] = {"optim": {"ema": 0.9, "batch_size": 4}, "model": {"drop_path": 0.0}}
     for name, on in (("eager", False), ("compiled", True)):
         runtime = {"compile": on, "activation_checkpointing": on}
