@@ -5,10 +5,18 @@ import time
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from crossmae.data.parallel import AHEAD
 from crossmae.errors import UserError
 from det.inference.ordered_threads import MOST_THREADS, encode_in_order, host_threads
+
+
+@pytest.fixture(autouse=True)
+def bar():
+    """Start tqdm's own thread, which begins with its first bar, before threads are counted."""
+    with tqdm(disable=True) as bar:
+        yield bar
 
 
 def slow_square(number):
