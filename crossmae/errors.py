@@ -44,6 +44,7 @@ COMMANDS = {
     "convert": "tools/convert_checkpoint.py",
     "inspect": "tools/inspect_checkpoint.py",
     "check": "tools/check_coco.py",
+    "split": "tools/split_labels.py",
     "stats": "tools/dataset_stats.py",
     "shards": "tools/make_shards.py",
     "visualize": "tools/visualize_data.py",
