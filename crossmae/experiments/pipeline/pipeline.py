@@ -98,6 +98,11 @@ class Request:
         """Number of stages."""
         return 2 if self.labels is None else 4 + 2 * self.compare
 
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the stages that train detectors, in their order."""
+        return [] if self.labels is None else [RANDOM, OWN] if self.compare else [OWN]
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -184,7 +189,7 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         if decision.detect_steps is None:
             decision = replace(decision, detect_steps=choose_detect_steps(request, decision))
             keep(request, decision)
-        for name in [RANDOM, OWN] if request.compare else [OWN]:
+        for name in request.detectors:
             yield detect_stage(request, decision, name)
     yield report_stage(output)
 
@@ -232,7 +237,7 @@ def decide(request: Request, started: float) -> Decision:
         timing = time_detection(trainings, size) if trainings.train else None
         detect = (trainings.train.count, timing) if trainings.train and timing else None
         spent = time.monotonic() - started
-        share, detectors = request.pretrain_share, 1 + request.compare
+        share, detectors = request.pretrain_share, len(request.detectors)
         plan = make_plan(
             request.budget, spent, pretrain=pretrain, detect=detect, detectors=detectors, pretrain_share=share
         )

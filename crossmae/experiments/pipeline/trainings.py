@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, named_by
 from crossmae.experiments.cells import Cell, Step, run_cells
 from crossmae.experiments.pipeline.plan import Length, Timing
 from crossmae.experiments.stages import RESUME
@@ -19,6 +19,8 @@ from crossmae.pretraining.config import PretrainConfig, load_config
 START_SECONDS = 10.0  # of a training program, about, on an idle core
 MOST_TIMED_IMAGES = 64  # validation images of a short run
 EVALUATIONS = 4  # during pretraining
+# Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
+NAMES = {192: "tiny_patch16", 384: "small_patch16", 768: "base_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,16 @@ class Recipe:
     Attributes:
         pretrain, detect: names of config files.
         sizes: longest sides of the images that the detector may see, in pixels, from small to large.
+        size: the size of the config.
+        has_windows: most blocks of the detector's encoder attend to windows only.
         detect_batch: images of a step of the detector.
     """
 
     pretrain: str
     detect: str
     sizes: tuple[int, ...]
+    size: int
+    has_windows: bool
     detect_batch: int = 8
 
     def config(self, settings: Sequence[str] = ()) -> PretrainConfig:
@@ -41,8 +47,8 @@ class Recipe:
         return load_config(self.pretrain, ["data.train=IMAGES", "output_dir=OUT", *settings])
 
 
-LAPTOP = Recipe("pretrain/laptop.yaml", "laptop_mask_rcnn.yaml", (128, 192, 256, 320, 384, 512))
-ONE_GPU = Recipe("pretrain/small.yaml", "small_mask_rcnn.yaml", (256, 384, 512, 640, 768, 1024))
+LAPTOP = Recipe("pretrain/laptop.yaml", "laptop_mask_rcnn.yaml", (128, 192, 256, 320, 384, 512), 256, has_windows=False)
+ONE_GPU = Recipe("pretrain/small.yaml", "small_mask_rcnn.yaml", (256, 384, 512, 640, 768, 1024), 512, has_windows=True)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Trainings:
             f"checkpoint.every_epochs={max(1, math.ceil(epochs / 10))}",
         ]
         if self.val_list:
-            words += [f"data.val={self.val_list}", f"validation.every_epochs={every}"]
+            words += [f"data.val={self.val_list}", f"validation.every_epochs={every}", "validation.images=200"]
         if self.objects:
             words += [f"probe.{split}={self.objects / split}" for split in ("train", "val")]
             words.append(f"probe.every_epochs={every}")
@@ -127,7 +133,8 @@ class Trainings:
         return (
             *("--config-file", self.recipe.detect, "--train-json", str(self.train.json)),
             *("--train-images", str(self.train.images), "--val-json", str(self.val.json)),
-            *("--val-images", str(self.val.images), f"MODEL.WEIGHTS={weights or ''}", f"INPUT.SIZE={size}"),
+            *("--val-images", str(self.val.images), f"MODEL.WEIGHTS={weights or ''}"),
+            *((f"INPUT.SIZE={size}",) if size != self.recipe.size else ()),
             *(() if self.has_masks else ("MODEL.MASK_ON=False",)),
             *((f"SOLVER.IMS_PER_BATCH={self.detect_batch}",) if self.detect_batch < self.recipe.detect_batch else ()),
             *(f"SOLVER.MAX_ITER={steps}", f"SOLVER.CHECKPOINT_PERIOD={max(20, steps // 8)}", "TEST.EVAL_PERIOD=0"),
@@ -138,6 +145,33 @@ class Trainings:
     def detect_batch(self) -> int:
         """Images of a step of the detector, at most all training images."""
         return min(self.recipe.detect_batch, self.train.count) if self.train else self.recipe.detect_batch
+
+
+def settings_of_weights(path: Path, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the settings of pretraining, and of the detector, that fit the encoder of a weight file.
+
+    Patches and positions need no settings, because they are resampled.
+
+    Raises UserError if there is no encoder in the file.
+    """
+    from crossmae.checkpoints.metadata import recorded_arguments  # slow imports
+    from crossmae.checkpoints.weights import encoder_arguments, encoder_tensors, read_weights
+
+    with named_by("--weights", path):
+        weights = read_weights(path)
+        encoder = encoder_arguments(encoder_tensors(weights), weights.metadata)
+    sizes = {key: encoder[key] for key in ("embed_dim", "depth", "num_heads")}
+    recorded = recorded_arguments(weights.metadata)
+    decoder = {key: value for key, value in recorded.items() if key.startswith("decoder_") and value is not None}
+    pretrain = (
+        f"model.name=crossmae_vit_{NAMES.get(sizes['embed_dim'], NAMES[768])}",
+        *(f"model.{key}={value}" for key, value in (sizes | decoder).items()),
+    )
+    detect = tuple(f"MODEL.VIT.{key.upper()}={value}" for key, value in sizes.items())
+    if recipe.has_windows:
+        last_of_quarters = [round(number * sizes["depth"] / 4) - 1 for number in (1, 2, 3, 4)]  # as in ViTDet
+        detect = (*detect, f"MODEL.VIT.GLOBAL_BLOCKS={last_of_quarters}")
+    return pretrain, detect
 
 
 def images_per_step(recipe: Recipe, images: int, settings: Sequence[str] = ()) -> int:
@@ -159,7 +193,7 @@ def choose_size(recipe: Recipe, long_side: int) -> int:
 
 
 def smaller_size(recipe: Recipe, size: int, epochs: float, wanted: float) -> int | None:
-    """Choose a smaller size, with which the detector sees its images `wanted` times.
+    """Choose a size with which the detector sees its images `wanted` times.
 
     The time of a step is taken as proportional to the number of pixels.
 
