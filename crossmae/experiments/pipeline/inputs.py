@@ -53,8 +53,8 @@ class ImageFacts:
         sides = f"{low} pixels" if low == high else f"{low} to {high} pixels, half of them up to {middle}"
         broken = f"{counted(len(self.broken), 'image')} broken" if self.broken else "none broken"
         kinds = " and ".join(f"{number:,} {name}" for name, number in self.formats.items())
-        seen = "" if self.looked_at == self.count else f" (of {self.looked_at:,} looked at)"
-        head = f"{counted(self.count, 'image')}: {kinds}{seen}"
+        seen = "" if self.looked_at == self.count else f" among {self.looked_at:,} looked at"
+        head = f"{counted(self.count, 'image')} ({kinds}{seen})"
         return f"{head}; modes {', '.join(self.modes)}; longer side {sides}; {broken}"
 
 

@@ -19,6 +19,7 @@ from crossmae.pretraining.config import PretrainConfig, load_config
 START_SECONDS = 10.0  # of a training program, about, on an idle core
 MOST_TIMED_IMAGES = 64  # validation images of a short run
 EVALUATIONS = 4  # during pretraining
+CONTINUED_LR = "optim.lr=1.5e-4"  # of pretrain/continue.yaml: a higher rate forgets more of the weights
 # Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
 NAMES = {192: "tiny_patch16", 384: "small_patch16", 768: "base_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
 
@@ -171,7 +172,7 @@ def settings_of_weights(path: Path, recipe: Recipe) -> tuple[tuple[str, ...], tu
     if recipe.has_windows:
         last_of_quarters = [round(number * sizes["depth"] / 4) - 1 for number in (1, 2, 3, 4)]  # as in ViTDet
         detect = (*detect, f"MODEL.VIT.GLOBAL_BLOCKS={last_of_quarters}")
-    return pretrain, detect
+    return (*pretrain, CONTINUED_LR), detect
 
 
 def images_per_step(recipe: Recipe, images: int, settings: Sequence[str] = ()) -> int:
