@@ -8,6 +8,7 @@ the splits of a data.yaml nor masks of values, and has to be told the format and
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,11 @@ class _Found:
         return {name: files[0] for name, files in by_name.items() if files}
 
 
+def is_coco_path(labels: Path) -> bool:
+    """Check for a file that is read as COCO json without conversion."""
+    return labels.suffix.lower() not in (".yaml", ".yml", ".xml", ".txt") and not labels.is_dir()
+
+
 def read_annotations(labels: Path, images: Path | None = None) -> AnnotationSet:
     """Read annotations of any known format.
 
@@ -106,19 +112,25 @@ def read_annotations(labels: Path, images: Path | None = None) -> AnnotationSet:
 
 
 def coco_file(
-    labels: Path, images: Path | None, split: str, target: Path, log: Callable[[str], None]
+    labels: Path, images: Path | None, split: str, target: Path, *, shared: bool, log: Callable[[str], None]
 ) -> tuple[Path, Path]:
     """Return a COCO file and the image folder of one split.
 
     A COCO json stays where it is. Anything else is written to `target`.
 
     Args:
-        split: "train", "val" or "test". Annotations without splits are taken as a whole.
+        split: "train", "val" or "test". Annotations without splits are taken as a whole, unless they are `shared`.
+        shared: another split is taken from the same annotations.
         log: gets a line about what was read and written.
 
     Raises the errors of `read_annotations`, and UserError if there is no such split.
     """
     found = read_annotations(labels, images)
+    if shared and not found.has_splits:
+        raise UserError(
+            f"{labels}: has no splits, so training and validation would be the same. Split it: "
+            f"python tools/split_labels.py {shlex.quote(str(labels))} --output OUT"
+        )
     one = choose_split(found, labels, split)
     for remark in found.remarks:
         log(f"{labels}: {remark}")
@@ -145,7 +157,7 @@ def choose_split(found: AnnotationSet, labels: Path, split: str) -> AnnotatedSpl
         there = " and ".join(found.splits)
         raise UserError(
             f"{labels}: has no split {split!r}, only {there}. Split it again: "
-            f"python tools/split_labels.py {labels} --again --output OUT"
+            f"python tools/split_labels.py {shlex.quote(str(labels))} --again --output OUT"
         )
     return found.splits[split]
 
