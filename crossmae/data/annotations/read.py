@@ -31,6 +31,7 @@ from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import load_json, load_yaml, make_folder
 
 OPENED = 3  # files of a kind that are looked into
+MASK_FOLDERS = COMPANIONS - set(["label", "labels", "annotation", "annotations", "annot", "annots"])
 KNOWN = "COCO json, YOLO, Pascal VOC, LabelMe and masks as PNG files"
 # Other formats by words at the start of a file: what they are, and what to export instead.
 OTHER_STARTS = {
@@ -248,12 +249,17 @@ def _is_yolo_yaml(path: Path) -> bool:
 def _open_images(folder: Path, names: list[str], images: Path | None) -> ImageFinder:
     """Find the images in their folder, or among or near the labels."""
     if images is not None:
-        return ImageFinder(images, relative_files(images))
+        return ImageFinder(images, _without_masks(relative_files(images)))
     if any(map(is_image_name, names)):
-        return ImageFinder(folder, names)
+        return ImageFinder(folder, _without_masks(names))
     parent = folder.absolute().parent
     places = [parent / name for name in IMAGE_FOLDERS if (parent / name).is_dir()]
     return ImageFinder(places[0], relative_files(places[0])) if places else ImageFinder(folder, [])
+
+
+def _without_masks(names: list[str]) -> list[str]:
+    """Leave out files in folders such as `SegmentationClass`, unless all are there."""
+    return [name for name in names if not MASK_FOLDERS & {part.lower() for part in name.split("/")[:-1]}] or names
 
 
 def _find_masks(folder: Path, names: list[str], finder: ImageFinder) -> tuple[list[str], ImageFinder]:
