@@ -31,7 +31,7 @@ from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import load_json, load_yaml, make_folder
 
 OPENED = 3  # files of a kind that are looked into
-MASK_FOLDERS = COMPANIONS - set(["label", "labels", "annotation", "annotations", "annot", "annots"])
+MASK_FOLDERS = COMPANIONS - {"label", "labels", "annotation", "annotations", "annot", "annots"}
 KNOWN = "COCO json, YOLO, Pascal VOC, LabelMe and masks as PNG files"
 # Other formats by words at the start of a file: what they are, and what to export instead.
 OTHER_STARTS = {
