@@ -150,7 +150,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_parts(labels: Path, images: Path | None, skip_images: bool) -> dict[str, tuple[Path | None, dict[str, Any]]]:
-    """Read image folder and content of each split, "" for labels without splits."""
+    """Read image folder and content of each split.
+
+    Labels without splits have the split "".
+    """
     if is_coco_path(labels):
         return {"": (images, read_coco(labels))}
     found = read_annotations(labels, images)

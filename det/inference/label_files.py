@@ -27,20 +27,21 @@ from det.data.masks import decode_segmentation
 from det.inference.arguments import LABEL_FORMATS
 
 LABEL_FOLDER = "labels"
-TOLERANCE = 1.0  # half pixels between a mask and its polygon
+OUTLINE_TOLERANCE = 1.0  # half pixels between a mask and its polygon
 LABELME_VERSION = "5.5.0"  # the format that is written
 
 
 def trace_mask(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Trace the outlines of the parts of a mask (H, W), as x1, y1, x2, y2, ... in pixels.
+    """Trace the outlines of the parts of a mask (H, W).
 
-    Outlines run between the pixels of the object and its surroundings, the largest first.
+    Returns lists of x1, y1, x2, y2, ... in pixels, the largest first. Outlines run between the pixels of the object and
+    its surroundings.
     """
     double = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, _ = cv2.findContours(double, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = []
     for contour in sorted(contours, key=cv2.contourArea, reverse=True):
-        points = cv2.approxPolyDP(contour, TOLERANCE, True)
+        points = cv2.approxPolyDP(contour, OUTLINE_TOLERANCE, True)
         points = points if len(points) > 2 else contour  # a line of pixels
         polygons.append(((points.reshape(-1) + 0.5) / 2).tolist())
     return polygons
@@ -67,7 +68,7 @@ class LabelWriter:
             write_text(folder / "classes.txt", "".join(f"{printable(name)}\n" for name in self.classes.names))
 
     def write(self, entry: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]) -> None:
-        """Write the label file of an image, given its COCO entry and annotations."""
+        """Write the label file of a COCO image entry and its annotations."""
         path, size = self.paths[entry["file_name"]], (entry["height"], entry["width"])
         outlines = [_outlines(annotation, *size) for annotation in annotations]
         path.parent.mkdir(parents=True, exist_ok=True)

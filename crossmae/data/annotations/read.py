@@ -83,6 +83,16 @@ def is_coco_path(labels: Path) -> bool:
     return labels.suffix.lower() not in (".yaml", ".yml", ".xml", ".txt") and not labels.is_dir()
 
 
+def has_annotations(path: Path) -> bool:
+    """Check for a data.yaml, or a folder with label files.
+
+    Masks are not recognised, because they look like images.
+    """
+    return path.suffix.lower() in (".yaml", ".yml") or (
+        path.is_dir() and bool(_look(path, relative_files(path)).formats())
+    )
+
+
 def read_annotations(labels: Path, images: Path | None = None) -> AnnotationSet:
     """Read annotations of any known format.
 
