@@ -77,7 +77,7 @@ def load(name: str) -> ModuleType:
 
 
 def complete(line: str) -> None:
-    """Tell the shell how the last word of a line can end, and exit."""
+    """Print how the last word of a line can end, and exit."""
     import argcomplete
 
     _, *words = f"{line}|".split()

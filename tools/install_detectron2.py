@@ -161,7 +161,7 @@ def check_tools(needs_torch: bool) -> None:
 
 
 def working_installation(source: str) -> str | None:
-    """Return name and version of a working detectron2 of a source, or None.
+    """Return name and version of a working detectron2, or None.
 
     Any detectron2 is good enough for "index". "compile" needs the compiled operators.
     """
@@ -184,7 +184,7 @@ def installed_version(name: str) -> str | None:
 
 
 def find_sources(source: str, wheel: Path | None, repository: str, folder: Path) -> tuple[Release, Files]:
-    """Read the sources of a release from a wheel, the index or Git.
+    """Read pinned sources from a wheel, the index or Git.
 
     If the index has no wheel or another one, Git is next. Raises InstallError if no source has the pinned files.
     """
@@ -206,7 +206,7 @@ def find_sources(source: str, wheel: Path | None, repository: str, folder: Path)
 
 
 def fetch_from_index(folder: Path) -> Files:
-    """Download the wheel of the index, and read the Python sources in it."""
+    """Download the wheel of the index, and read its Python sources."""
     log(f"[1/5] fetch {INDEX_WHEEL} with pip")
     # The wheel is tagged for Python 3.10. Without these options, pip refuses it on other versions.
     tags = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310")
