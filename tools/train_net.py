@@ -8,7 +8,7 @@ One GPU, your own data in COCO format:
         --val-json VAL.json --val-images IMAGES MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT SOLVER.IMS_PER_BATCH=4
 Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco; torchrun does the same, also on several machines:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
-The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT/model_final.pth,
+The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT,
 it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 """
 
