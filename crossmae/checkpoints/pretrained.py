@@ -46,7 +46,7 @@ from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.files import load_json, load_yaml
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
-from crossmae.models.sizes import SIZES
+from crossmae.models.sizes import OFF_BY_DEFAULT, SIZES
 
 
 def _numbers(value: Any) -> bool:
@@ -128,7 +128,8 @@ def load_model(path: str | Path) -> CrossMAE:
 
 def save_model(model: CrossMAE, folder: str | Path, **options: Any) -> Path:
     """Save a pretraining model as a folder, see `save_folder` for the options."""
-    about = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(model.arguments), VERSION: crossmae.__version__}
+    arguments = {key: value for key, value in model.arguments.items() if OFF_BY_DEFAULT.get(key) != value}
+    about = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(arguments), VERSION: crossmae.__version__}
     return save_folder(folder, model.state_dict(), model.metadata | about, **options)
 
 

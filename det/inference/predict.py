@@ -227,7 +227,8 @@ def threshold_below(score: float) -> float:
     if score <= 0:
         return 0.0
     unit = 10.0 ** min(math.floor(math.log10(score)), -1)
-    return round(max(math.ceil(score / unit - 1e-9) - 1, 0) * unit, 12)
+    digit = math.ceil(score / unit - 1e-9) - 1
+    return round(digit * unit if digit else 0.9 * unit, 12)
 
 
 def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
