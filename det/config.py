@@ -54,7 +54,7 @@ RECORD, CONFIG, LOG = "run.json", "config.yaml", "log.txt"
 BEST, BEST_RECORD, FINAL, LAST = DETECTOR_BEST, "model_best.json", DETECTOR_FINAL, DETECTOR_LAST
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 
-BASE_KEY = "_BASE_"
+BASE_KEY, SIZE = "_BASE_", "INPUT.SIZE"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 # Keys in steps, and their equivalents in epochs or fractions of the run. The key that was set last is used.
 BY_EPOCHS = {
@@ -133,6 +133,7 @@ class _Crop(ConfigKeys):
 class InputKeys(ConfigKeys):
     """`INPUT`: reading and augmentation of images."""
 
+    SIZE: AtLeast0 = 0  # pixels; sets all keys that depend on the size of images, see `set_image_size`. 0: none
     FORMAT: Literal["RGB", "BGR"]
     MASK_FORMAT: Literal["polygon", "bitmask"]
     MIN_SIZE_TRAIN: AtLeast1 | Annotated[tuple[AtLeast1, ...], Field(min_length=1)] = Field(
@@ -319,6 +320,32 @@ def detectron2_defaults() -> CfgNode:
     return module._C
 
 
+def set_image_size(cfg: CfgNode, size: int) -> None:
+    """Set all keys that depend on the size of images, in place.
+
+    Images are scaled into a square of `size` pixels, in training and in evaluation. Anchors scale with the images. A
+    grid of patches that fits into one attention window needs no windows. Key `INPUT.SIZE` calls this. 0 sets nothing.
+    Raises UserError if the size does not fit the patches.
+    """
+    vit, anchors = cfg.MODEL.VIT, cfg.MODEL.ANCHOR_GENERATOR
+    patch, before = max(vit.PATCH_SIZE, 1), max(vit.IMG_SIZE, 1)
+    cfg.INPUT.SIZE = size
+    if not size:
+        return
+    if size < patch or size % patch:
+        raise UserError(f"{SIZE}: {size} does not fit the patches. Use a multiple of MODEL.VIT.PATCH_SIZE {patch}.")
+    vit.IMG_SIZE = cfg.INPUT.LSJ.SIZE = size
+    for split in ("TRAIN", "TEST"):
+        cfg.INPUT[f"MIN_SIZE_{split}"] = (size,) if split == "TRAIN" else size
+        cfg.INPUT[f"MAX_SIZE_{split}"] = size
+    for key in ("SQUARE_PAD", "SQUARE_PAD_TEST"):
+        vit[key] = size if vit[key] else 0  # 0 keeps rectangles
+    if size // patch <= vit.WINDOW_SIZE:
+        vit.WINDOW_SIZE = 0
+    scaled = [[side * size / before for side in level] for level in anchors.SIZES]
+    anchors.SIZES = [[int(side) if side == int(side) else side for side in level] for level in scaled]
+
+
 def choose_device(cfg: CfgNode, asked: bool) -> None:
     """Choose the CPU if there is no GPU.
 
@@ -382,6 +409,11 @@ def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in values and by_epochs not in values:
             _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), source)
+    if SIZE in values:  # sets keys of earlier files. Keys that are given with it win
+        for key in ("MODEL.VIT.PATCH_SIZE", SIZE):
+            if key in values:
+                _set(cfg, key, values[key], source)
+        set_image_size(cfg, cfg.INPUT.SIZE)
     for key, value in values.items():
         _set(cfg, key, value, source)
 
@@ -449,6 +481,18 @@ def check_config(cfg: CfgNode) -> None:
         log.warning(words, cfg.TEST.DETECTIONS_PER_IMAGE, keys.TEST.MAX_DETS)
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
         log.info("MODEL.VIT.SQUARE_PAD %d pads images of INPUT.LSJ.SIZE %d", vit.SQUARE_PAD, lsj.SIZE)
+    _check_sizes(cfg, keys)
+
+
+def _check_sizes(cfg: CfgNode, keys: DetectorKeys) -> None:
+    """Reject sizes of images that do not fit each other."""
+    vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
+    by_size = f" of {SIZE}" if images.SIZE else ""
+    for split in ("TRAIN", "TEST") if images.SIZE else ():
+        least, most = (getattr(images, f"{side}_SIZE_{split}") for side in ("MIN", "MAX"))
+        if np.max(least) > most and not (split == "TRAIN" and lsj.ENABLED):
+            what = f"{np.max(least)} is more than INPUT.MAX_SIZE_{split} {most}{by_size}"
+            raise UserError(f"INPUT.MIN_SIZE_{split}: {what}. Set both.")
     for name, key in (
         ("SQUARE_PAD", "INPUT.LSJ.SIZE" if lsj.ENABLED else "INPUT.MAX_SIZE_TRAIN"),
         ("SQUARE_PAD_TEST", "INPUT.MAX_SIZE_TEST"),
@@ -460,7 +504,9 @@ def check_config(cfg: CfgNode) -> None:
         if pad and 0 in np.atleast_1d(lookup(cfg, least)):
             raise UserError(f"MODEL.VIT.{name}: {least} 0 resizes no image, so images may not fit. Set {least}.")
         if pad and pad < most:
-            raise UserError(f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}. Raise MODEL.VIT.{name}.")
+            raise UserError(
+                f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}{by_size}. Raise MODEL.VIT.{name}."
+            )
 
 
 def _check_heads(keys: DetectorKeys) -> None:

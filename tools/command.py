@@ -61,9 +61,8 @@ def run_command(words: Sequence[str]) -> None:
 
 def load(name: str) -> ModuleType:
     """Import the module of a subcommand, with its examples in the help."""
-    path = Path(COMMANDS[name])
-    package = PACKAGE if path.parent.name == "tools" else path.parent.name
-    module = importlib.import_module(f"{package}.{path.stem}")
+    top, *inner = Path(COMMANDS[name]).with_suffix("").parts
+    module = importlib.import_module(".".join([PACKAGE if top == "tools" else top, *inner]))
     module.__doc__ = name_commands(module.__doc__ or "")
     return module
 
@@ -91,7 +90,8 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: crossmae COMMAND ...", "", "commands:"]
     for name, path in COMMANDS.items():
-        file = Path(crossmae.__file__).parent / "doctor.py" if name == "doctor" else TOOLS / Path(path).name
+        top, inner = path.split("/", 1)
+        file = (TOOLS if top == "tools" else Path(crossmae.__file__).parent) / inner
         with file.open(encoding="utf-8") as text:
             lines.append(f"  {name:<{width}}  {text.readline().strip().strip(chr(34))}")
     example = "crossmae pretrain --config-file pretrain/small.yaml data.train=IMAGES output_dir=OUT"

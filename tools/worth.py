@@ -29,7 +29,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.errors import IN_WHEEL, UserError, run_cli, set_up_log
+from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
 from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
@@ -80,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run, and write the page."""
     started, arguments = time.monotonic(), build_parser().parse_args(argv)
     set_up_log()
-    if IN_WHEEL and not (arguments.plan or arguments.page):
-        raise UserError("crossmae worth: a wheel only plans. Pass --plan, or run it in a clone of the repository.")
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
     check_numbers(arguments)

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _SHARED = ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.", "MODEL.", "SOLVER.")
 # Settings that may change although they match `_SHARED`: device, weights, length of training, settings of evaluation.
 _FREE = (
+    "INPUT.SIZE",  # the keys that it sets are shared
     "MODEL.DEVICE",
     "MODEL.WEIGHTS",
     "MODEL.VIT.ACTIVATION_CHECKPOINTING",

@@ -133,7 +133,14 @@ def step_gflop(path: Path) -> float:
 
 
 def test_the_published_recipes_are_all_there() -> None:
-    assert {path.stem for path in RECIPES} == PUBLISHED.keys() | {"demo", "small", "fashion_mnist", "things"}
+    assert {path.stem for path in RECIPES} == PUBLISHED.keys() | {
+        "continue",
+        "demo",
+        "laptop",
+        "small",
+        "fashion_mnist",
+        "things",
+    }
 
 
 @pytest.mark.parametrize("name", ["crossmae_vits", "mae_vits"])
