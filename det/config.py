@@ -269,11 +269,22 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
     is not YAML, a key is unknown, or a value has a wrong type or is out of range.
     """
+    trees = list(_read_with_base(resolve_config_path(name)))
+    for path, tree in trees:
+        check_tool(find_tool(tree), DETECT, path)
+    return build_det_config([(str(path), dict(flatten(tree))) for path, tree in trees], overrides)
+
+
+def build_det_config(sources: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str] = ()) -> CfgNode:
+    """Build and check a detection config.
+
+    `sources` are values by dotted key with the name of their file; later values replace earlier ones. `overrides` and
+    errors are those of `load_det_config`.
+    """
     cfg = detectron2_defaults()
     add_crossmae_config(cfg)
-    for path, tree in _read_with_base(resolve_config_path(name)):
-        check_tool(find_tool(tree), DETECT, path)
-        _merge(cfg, dict(flatten(tree)), str(path))
+    for source, values in sources:
+        _merge(cfg, values, source)
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in given and by_epochs in given:

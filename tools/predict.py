@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from det.inference.label_files import LABEL_FOLDER, LabelWriter, label_paths
     from det.inference.ordered_threads import host_threads
-    from det.inference.predict import Predictor, find_classes
+    from det.inference.predict import Predictor, find_classes, threshold_below
     from det.inference.predict_files import FilePredictions, check_output, find_media
     from det.inference.video import is_video
 
@@ -93,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{counted(job.objects, 'object')} in {counted(job.images, 'image')}: {printable(args.output / COCO_FILE)}")
     if job.images and job.objects < FEW * job.images:
         highest, number = job.highest_score(media)
-        seen = f"the highest score in {counted(number, 'file')} is {highest:.2g}"
-        print(f"few objects: {seen}. Lower --score-threshold, which is {predictor.score_threshold:g}, to see more.")
+        seen = f"the best score in {counted(number, 'file')} is {highest:.2g}"
+        first = "few objects" if job.objects else f"nothing above {predictor.score_threshold:g}"
+        lower = threshold_below(min(highest, predictor.score_threshold))
+        print(f"{first}: {seen}. To see more: --score-threshold {lower:g}")
     exit_if_any(job.failures, f"of {counted(len(media), 'file')}, these could not be read or written:")
 
 

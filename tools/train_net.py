@@ -11,7 +11,7 @@ The same with labels of YOLO, Pascal VOC, LabelMe or CVAT: a data.yaml or a fold
         MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
 Eight GPUs, COCO 2017 in $DETECTRON2_DATASETS/coco; torchrun does the same, also on several machines:
     python tools/train_net.py --config-file coco_mask_rcnn.yaml --num-gpus 8 MODEL.WEIGHTS=WEIGHTS OUTPUT_DIR=OUT
-The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT/model_final.pth,
+The same command with --resume continues from the last checkpoint. With --eval-only MODEL.WEIGHTS=OUT,
 it evaluates. Settings follow as KEY VALUE or KEY=VALUE.
 """
 

@@ -41,15 +41,13 @@ from crossmae.errors import UserError, printable
 from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.arguments import COCO_FILE
-from det.inference.draw import draw_instances, instances_from_coco
+from det.inference.draw import draw_large, instances_from_coco
 from det.inference.label_files import LABEL_FOLDER, LabelWriter
 from det.inference.ordered_threads import encode_in_order
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
-ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LOOKED_AGAIN = 16  # files, for the highest score below the threshold
-LABEL_SIZE = 0.03  # height of letters divided by the longest side
 BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no other file can be written, either
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
@@ -265,10 +263,7 @@ class FilePredictions:
             self.objects += len(found)
             pixels = one.pixels
             if self.draw:
-                side = max(pixels.shape[:2])
-                side *= -(-ENLARGED_BELOW // side)
-                objects = instances_from_coco(found, names)
-                pixels = draw_instances(pixels, objects, longest_side=side, letters=LABEL_SIZE)
+                pixels = draw_large(pixels, instances_from_coco(found, names))
             yield one.item, pixels
 
     def _detect(

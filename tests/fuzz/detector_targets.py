@@ -9,11 +9,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from crossmae.checkpoints.metadata import DETECTOR_CONFIG
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.split import split_images
 from crossmae.data.sources import open_source
+from det.backbone.record import recorded_config
 from det.classes import recorded_classes
-from det.config import flatten, load_det_config
+from det.config import build_det_config, flatten, load_det_config
 from det.data.coco import ground_truth, register_coco
 from det.evaluation.report import build_report
 from tests.crossmae.data.annotations.label_folders import (
@@ -38,6 +40,15 @@ def _read_coco(folder: Path, _: list[str]) -> None:
 
 def _write_config(folder: Path) -> None:
     (folder / "c.yaml").write_text(TINY)
+
+
+def _write_recorded(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(dict(flatten(yaml.safe_load(TINY)))))
+
+
+def _read_recorded(folder: Path, _: list[str]) -> None:
+    text = (folder / "config.json").read_text(errors="replace")
+    build_det_config([("model.safetensors", recorded_config({DETECTOR_CONFIG: text}))])
 
 
 def _write_run(folder: Path) -> None:
@@ -118,5 +129,6 @@ DETECTOR_TARGETS: dict[str, Target] = {
     "detector words": Target(
         _write_config, lambda folder, words: load_det_config(str(folder / "c.yaml"), words), keys=_keys()
     ),
+    "config in a detector's file": Target(_write_recorded, _read_recorded),
     "report of a detector": Target(_write_run, _read_run),
 }
