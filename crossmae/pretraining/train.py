@@ -55,6 +55,8 @@ from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
 
+VALIDATION, NEIGHBOURS, PICTURES = "held-out loss", "nearest neighbours", "pictures"  # kinds of evaluations
+
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """Train a model and return the file of its final weights.
@@ -205,30 +207,39 @@ class Judges(Callbacks):
             for warning in self.health.warnings(state.step / self.schedule.total_steps, loss, first):
                 log.warning(warning)
 
-    def due(self, step: int) -> tuple[bool, bool, bool]:
-        """Say whether held-out loss, neighbours and pictures are due after a step."""
+    def periods_end(self, step: int) -> tuple[bool, bool, bool]:
+        """Tell which periods end: held-out loss, neighbours, pictures.
+
+        All processes have the same answer, also if only the main process has the images.
+        """
         validate, probe = (self.schedule.ends_period(step, every) for every in (self.validate_every, self.probe_every))
         return validate, probe, step == self.schedule.last_step or step % self.draw_every == 0
 
-    def is_due(self, step: int) -> bool:
-        there = (self.held_out is not None, self.neighbours is not None, self.preview is not None)
-        return any(is_there and is_due for is_there, is_due in zip(there, self.due(step), strict=True))
+    def due(self, step: int) -> tuple[str, ...]:
+        there = {VALIDATION: self.held_out, NEIGHBOURS: self.neighbours, PICTURES: self.preview}
+        pairs = zip(there.items(), self.periods_end(step), strict=True)
+        return tuple(kind for (kind, images), is_due in pairs if is_due and images is not None)
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        validate, probe, draw = self.due(state.step)
+        validate, probe, draw = self.periods_end(state.step)
         self.judge(state, records, validate, probe)
         if draw:
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
         """Measure held-out loss and accuracy, also of averaged weights."""
+        models = cast(dict[str, CrossMAE], state.models)
         values: dict[str, float] = {}
-        for suffix, model in cast(dict[str, CrossMAE], state.models).items():
-            if validate and self.held_out:
-                values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
-            accuracy = in_main_process(partial(self.accuracy, model)) if probe else None
-            if accuracy is not None:
-                values[f"knn_accuracy{suffix}"] = accuracy
+        if validate and self.held_out:
+            with records.timed(VALIDATION):
+                for suffix, model in models.items():
+                    values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
+        if probe:
+            with records.timed(NEIGHBOURS):
+                for suffix, model in models.items():
+                    accuracy = in_main_process(partial(self.accuracy, model))
+                    if accuracy is not None:
+                        values[f"knn_accuracy{suffix}"] = accuracy
         if not all(map(math.isfinite, values.values())):
             raise Diverged(f"the held-out loss is not finite ({describe(values)})")
         if values:
@@ -247,10 +258,11 @@ class Judges(Callbacks):
         if self.preview is None:
             return
         title = f"step {step}, {self.preview.mask_ratio:.0%} of the patches masked"
-        records.picture(step, "reconstructions", reconstruction_figure(self.preview.panels(model), title))
-        if model.fused_blocks:
-            weights, names = model.wfm.linear.weight, fused_map_names(model)
-            records.picture(step, "fusion", fusion_figure(weights, names, f"fusion weights at step {step}"))
+        with records.timed(PICTURES):
+            records.picture(step, "reconstructions", reconstruction_figure(self.preview.panels(model), title))
+            if model.fused_blocks:
+                weights, names = model.wfm.linear.weight, fused_map_names(model)
+                records.picture(step, "fusion", fusion_figure(weights, names, f"fusion weights at step {step}"))
 
 
 def build_judges(

@@ -65,7 +65,7 @@ from crossmae.models.class_names import pair_names, rows_by_name, start_notes
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
-from crossmae.training.log import NAMES, RunLog, announce_steps, describe
+from crossmae.training.log import EVALUATION, NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import (
     Callbacks,
     Job,
@@ -221,21 +221,27 @@ class Judge(Callbacks):
             state.model.eval()
             state.model.get_submodule("head").train()
 
-    def is_due(self, step: int) -> bool:
-        """Return true at the end of a period."""
-        return self.data is not None and self.schedule.ends_period(step, self.settings.every_epochs)
+    def due(self, step: int) -> tuple[str, ...]:
+        """Name the evaluation at the end of a period."""
+        is_due = self.data is not None and self.schedule.ends_period(step, self.settings.every_epochs)
+        return (EVALUATION,) if is_due else ()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Evaluate if it is due, and keep the best weights."""
         step = state.step
-        if self.data is None or not self.is_due(step):
+        if self.data is None or not self.due(step):
             return
-        values: dict[str, float] = {}
+        with records.timed(EVALUATION):
+            self.evaluate(self.data, state, records)
+
+    def evaluate(self, data: EvaluationSet, state: TrainingState, records: RunLog) -> None:
+        """Evaluate, and keep the best weights."""
+        step, values = state.step, dict[str, float]()
         for suffix, model in state.models.items():
             for buffer in model.buffers():  # average running statistics: all processes must evaluate the same model
                 if buffer.is_floating_point():
                     buffer.copy_(state.ranks.mean(buffer.clone()))
-            predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
+            predictions = evaluate(model, data, state.device, state.autocast, state.ranks)
             scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
@@ -246,7 +252,7 @@ class Judge(Callbacks):
                 about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
                 about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
                 how = (self.class_names, about, self.settings.hardest)
-                write_results(self.folder / FOLDER, self.data.images, predictions, scores, *how)
+                write_results(self.folder / FOLDER, data.images, predictions, scores, *how)
         records.announce(step, values)
 
     def finish(self) -> None:

@@ -148,9 +148,11 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog):
-    """And keeps the newest checkpoints, the best weights by mask AP, and evaluates the average."""
+def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog, monkeypatch):
+    """And keeps the newest checkpoints, the best weights by mask AP, evaluates the average, and estimates its time."""
     caplog.set_level("INFO")
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_STEPS", 1)
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_SECONDS", 0.0)
     words = [
         "SOLVER.EMA.ENABLED=True",
         "SOLVER.ACCUMULATE=2",
@@ -165,6 +167,7 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
     whole = final_state(run)["model"]  # the average
     assert any(not torch.equal(trained[name], value) for name, value in whole.items())
     assert "4 steps of 2 images in 2 parts: 1.6 epochs of 5 images; learning rate 0.001" in caplog.text
+    assert re.search(r"for the remaining 2 steps and 1 evaluation on .*\); stop any time with Ctrl-C", caplog.text)
 
     record = json.loads((run / "model_best.json").read_text())
     results = [row for row in rows(run) if "segm/AP" in row]
