@@ -50,8 +50,15 @@ class Progress(Generic[T]):
         self.total = length_hint(items) or None if total is None else total
         has_terminal = sys.stderr is not None and sys.stderr.isatty()
         self.writes = shown and not has_terminal
-        how = {"desc": word, "total": self.total, "initial": first, "unit": unit, "leave": leave}
-        self.bar = tqdm(dynamic_ncols=True, disable=not (shown and has_terminal), **how)
+        self.bar = tqdm(
+            desc=word,
+            total=self.total,
+            initial=first,
+            unit=unit,
+            leave=leave,
+            dynamic_ncols=True,
+            disable=not (shown and has_terminal),
+        )
         self.noted = ""
         self.due = 0.0  # time of the next line
         self.start: tuple[float, int] | None = None  # time and count after the first item, which is often slow

@@ -48,7 +48,7 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete, shorten_schedule
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.signals import in_main_process
 from crossmae.training.state import Diverged, Losses, TrainingState
@@ -87,11 +87,12 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         log.warning("data.crop_on=device: there is no GPU, so crops are slower than with data.crop_on=cpu")
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     factor, rule = lr_factor(optim.lr_rule, mask_ratio, predict_ratio)
+    start = find_start(config.output_dir, resume, "pretraining")
     schedule = make_schedule(batches, optim, config.schedule, factor)
+    schedule = shorten_schedule(schedule, start, config.schedule.shorten_to, "schedule.shorten_to")
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     fingerprint[IMAGE_NAMES] = source.digest(labelled=False)
-    start = find_start(config.output_dir, resume, "pretraining")
     complete = is_complete(start, schedule.last_step, fingerprint)
     origin = recorded_inheritance(start / MODEL) if start else {}
     if config.model.init and not start:

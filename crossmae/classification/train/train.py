@@ -78,7 +78,7 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete, shorten_schedule
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.state import Diverged, Losses, TrainingState
 
@@ -118,6 +118,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
     batches = BatchPlan(len(source), optim.batch_size, seed, *order)
     schedule = make_schedule(batches, optim, config.schedule)
+    schedule = shorten_schedule(schedule, start, config.schedule.shorten_to, "schedule.shorten_to")
     # Settings that must not change on resuming. They include the classes, and the evaluation crop that decides the best
     # weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size) | {

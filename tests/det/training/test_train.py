@@ -256,6 +256,33 @@ def test_a_complete_run_is_not_run_again(tmp_path, command, caplog):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_run_is_shortened_and_continues_exactly(tmp_path, command, caplog):
+    """4 steps of 2 of 5 images end after 3, which are 1.2 epochs; a rate that was to fall falls earlier."""
+    caplog.set_level("INFO")
+    run, other = tmp_path / "out", tmp_path / "other"
+    words = [*command[:-1], "SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0", "SOLVER.STEPS=(3,)"]
+    main([*words, f"OUTPUT_DIR={run}"])
+    planned = [row["lr"] for row in rows(run) if "lr" in row]
+    interrupt(run, 1)
+    with pytest.raises(UserError, match=r"^SOLVER.SHORTEN_TO: 0.4 would end the run at step 1, but it has done 1 of"):
+        main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=0.4", "--resume"])
+    main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=1.2", "--resume"])
+    assert "SOLVER.SHORTEN_TO: the run ends after step 3, not 4. From step 1 on" in caplog.text
+    assert "3 steps of 2 images: 1.2 epochs of 5 images" in (run / "log.txt").read_text()
+    assert final_state(run)["iteration"] == 3
+    # Steps 0, 1 and 2 have the rates of 0, 1 and 2.5.
+    assert [row["lr"] for row in rows(run) if "lr" in row] == [planned[0], planned[1], planned[2]]
+    shutil.copytree(run, other)
+    interrupt(other, 2)
+    main([*words, f"OUTPUT_DIR={other}", "--resume"])
+    assert_same_end(run, other)
+    assert rows(run) == rows(other)
+    interrupt(other, 2)
+    with pytest.raises(UserError, match=r"a run of 4 steps that was shortened, and the settings are for 9\. Repeat"):
+        main([*words, f"OUTPUT_DIR={other}", "SOLVER.MAX_ITER=9", "--resume"])
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_signal_stops_a_run_and_its_evaluation(tmp_path, command, monkeypatch, request):
     """The run saves between two steps, or before the evaluation, and goes on bit for bit."""
     main([*command, "TEST.EVAL_PERIOD=2"])
