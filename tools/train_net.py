@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
 def start_processes(number: int, words: list[str]) -> NoReturn:
     """Become torchrun, which starts this tool in so many processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    os.execv(sys.executable, [sys.executable, *torchrun, str(Path(__file__).resolve()), *words])
+    command = [sys.executable, *torchrun, str(Path(__file__).resolve()), *words]
+    if os.name == "nt":  # a process of Windows cannot become another one
+        raise SystemExit(subprocess.run(command, check=False).returncode)
+    os.execv(sys.executable, command)
 
 
 def _pair(arguments: argparse.Namespace, split: str) -> Labelled | None:

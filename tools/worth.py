@@ -9,8 +9,8 @@
     python tools/worth.py IMAGES LABELS --plan --fine-tune-set optim.lr=2e-4          # a setting of the classifier
 
 IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
-them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, or labels of YOLO, Pascal
-VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned with
+them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, or labels of YOLO,
+Pascal VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned with
 the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts

@@ -32,9 +32,9 @@ import numpy as np
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from crossmae.data.images import count_frames
+from crossmae.data.parallel import Progress
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable
@@ -210,7 +210,7 @@ class FilePredictions:
         return highest, number
 
     def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
-        bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)
+        bar = Progress(inputs, "predict", unit="image", shown=bool(inputs))
         for path, drawn in self._predict(self._read_images(bar), coco):
             if self.draw:
                 save = partial(Image.fromarray(drawn).save, format="png")
@@ -239,7 +239,7 @@ class FilePredictions:
 
     def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
         """Yield time, entry and pixels of frames until the video is damaged."""
-        bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
+        bar = Progress(video, printable(name), video.frames, unit="frame")
         try:
             for number, frame in enumerate(bar):
                 entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
