@@ -10,8 +10,8 @@
 
 IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
 them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, or labels of YOLO,
-Pascal VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned with
-the same number of steps from each start:
+Pascal VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned
+with the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
     random_same_rates         the same, with the learning rates of pretrained weights
