@@ -27,27 +27,27 @@ PLACES = {"output_dir", "OUTPUT_DIR"}  # settings that differ in every run
 
 
 class Quantity(NamedTuple):
-    """A logged number: title, factor for the page, digits, and 1 if larger is better, -1 if smaller, 0 if neither."""
+    """A logged number: title, factor and format for the page, and 1 if larger is better, -1 if smaller, 0 if neither."""
 
     title: str
     factor: float = 1.0
-    digits: int = 4
+    form: str = ".4f"
     better: int = 0
 
 
 QUANTITIES = {
     "loss": Quantity("Training loss"),
     "val_loss": Quantity("Held-out loss", better=-1),
-    "knn_accuracy": Quantity("Nearest neighbours (%)", 100, 1, 1),
-    "top1": Quantity("Top-1 accuracy (%)", 100, 1, 1),
-    "mean_ap": Quantity("Mean average precision (%)", 100, 1, 1),
-    "bbox/AP": Quantity("Box AP (%)", 1, 1, 1),
-    "bbox/AP50": Quantity("Box AP50 (%)", 1, 1, 1),
-    "segm/AP": Quantity("Mask AP (%)", 1, 1, 1),
-    "segm/AP50": Quantity("Mask AP50 (%)", 1, 1, 1),
-    "lr": Quantity("Learning rate", 1, 7),
-    "images_per_second": Quantity("Images per second", 1, 1),
-    "memory_gb": Quantity("Memory (GB)", 1, 2),
+    "knn_accuracy": Quantity("Nearest neighbours (%)", 100, ".1f", 1),
+    "top1": Quantity("Top-1 accuracy (%)", 100, ".1f", 1),
+    "mean_ap": Quantity("Mean average precision (%)", 100, ".1f", 1),
+    "bbox/AP": Quantity("Box AP (%)", 1, ".1f", 1),
+    "bbox/AP50": Quantity("Box AP50 (%)", 1, ".1f", 1),
+    "segm/AP": Quantity("Mask AP (%)", 1, ".1f", 1),
+    "segm/AP50": Quantity("Mask AP50 (%)", 1, ".1f", 1),
+    "lr": Quantity("Learning rate", 1, ".3g"),
+    "images_per_second": Quantity("Images per second", 1, ".1f"),
+    "memory_gb": Quantity("Memory (GB)", 1, ".2f"),
 }
 
 
@@ -116,14 +116,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def number_section(runs: Sequence[ComparedRun]) -> page.Section:
     """Show the last value of each logged number, and the best where that has a meaning."""
     rows: list[page.TableRow] = [["steps", *(f"{max(run.log.values('step')):,.0f}" for run in runs)]]
-    for key, (title, factor, digits, better) in QUANTITIES.items():
+    for key, (title, factor, form, better) in QUANTITIES.items():
         values = [[factor * value for value in run.log.values(key)] for run in runs]
         if not any(values):
             continue
-        rows.append([title, *(f"{one[-1]:.{digits}f}" if one else "-" for one in values)])
+        rows.append([title, *(f"{one[-1]:{form}}" if one else "-" for one in values)])
         if better and any(len(one) > 1 for one in values):
             best = [(max if better > 0 else min)(one) if one else None for one in values]
-            rows.append([f"{title}, best", *("-" if value is None else f"{value:.{digits}f}" for value in best)])
+            rows.append([f"{title}, best", *("-" if value is None else f"{value:{form}}" for value in best)])
     caption = "The last logged value of each run. A run with one seed is one sample: two seeds differ, too."
     return page.Section("Numbers", "", [page.Table(["", *(run.name for run in runs)], rows, caption)])
 
@@ -137,7 +137,8 @@ def curve_section(runs: Sequence[ComparedRun]) -> page.Section:
         ]
         names = {run.name: run.name for run in runs if run.log.values(key)}
         if names:
-            plots += curve_plots(rows, Path(LOG), "step", {title: (title.lower(), names)})
+            whose = f" of {next(iter(names))}" if len(names) == 1 else ""  # one curve has no legend
+            plots += curve_plots(rows, Path(LOG), "step", {title: (f"{title.lower()}{whose}", names)})
     return page.Section("Curves", "", plots)
 
 
