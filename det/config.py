@@ -96,7 +96,7 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
 
 
 class _Model(ConfigKeys):
-    DEVICE: str = Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    DEVICE: str = Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="cpu, cuda, cuda:N or mps")
     MASK_ON: bool
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
@@ -316,6 +316,8 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     """
     import torch  # slow import
 
+    from crossmae.training.devices import check_mps
+
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
@@ -327,8 +329,9 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     _, _, index = device.partition(":")
     if index and int(index) >= count:
         raise UserError(f"MODEL.DEVICE: there is no {device}. The last GPU is cuda:{count - 1}.")
-    if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
+    check_mps(device, "MODEL.DEVICE")
+    if device in ("cpu", "mps") and cfg.SOLVER.AMP.ENABLED:
+        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for CUDA GPUs")
         cfg.SOLVER.AMP.ENABLED = False
 
 
