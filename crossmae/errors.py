@@ -28,24 +28,31 @@ BROKEN_PIPE_EXIT_CODE = 141
 # A wheel has tools/ and configs/ in this folder. A clone of the repository does not have it.
 SHIPPED = Path(__file__).resolve().parents[1] / "crossmae_toolkit"
 IN_WHEEL = SHIPPED.is_dir()
+PROGRAMS = SHIPPED if IN_WHEEL else SHIPPED.parent  # the folder of tools/ and configs/
 # The files that the subcommands of `crossmae` run.
 COMMANDS = {
+    "run": "tools/run.py",
     "pretrain": "tools/pretrain.py",
     "finetune": "tools/finetune.py",
     "probe": "tools/probe.py",
     "reconstruct": "tools/reconstruct.py",
     "detect": "tools/train_net.py",
+    "evaluate": "tools/evaluate.py",
     "predict": "tools/predict.py",
     "predict-classes": "tools/predict_classes.py",
     "export": "tools/export_detector.py",
     "convert": "tools/convert_checkpoint.py",
     "inspect": "tools/inspect_checkpoint.py",
     "check": "tools/check_coco.py",
+    "split": "tools/split_labels.py",
     "stats": "tools/dataset_stats.py",
     "shards": "tools/make_shards.py",
     "visualize": "tools/visualize_data.py",
+    "report": "tools/report.py",
     "worth": "tools/worth.py",
     "bench": "tools/benchmark.py",
+    "demo": "tools/demo/run.py",
+    "demo-data": "tools/make_demo_data.py",
     "doctor": "crossmae/doctor.py",
     "install-detectron2": "tools/install_detectron2.py",
 }

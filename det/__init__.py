@@ -24,6 +24,7 @@ _HOME = {
     "load_det_config": "det.config",
     "load_weights": "det.backbone.weights",
     "register_coco": "det.data.coco",
+    "set_image_size": "det.config",
     "train": "det.training.train",
 }
 

@@ -35,6 +35,7 @@ from det.detectron2_keys import (
     CascadeKeys,
     ClippingKeys,
     ConfigKeys,
+    CropKeys,
     MaskHeadKeys,
     MoreThan0,
     NotNegative,
@@ -54,7 +55,7 @@ RECORD, CONFIG, LOG = "run.json", "config.yaml", "log.txt"
 BEST, BEST_RECORD, FINAL, LAST = DETECTOR_BEST, "model_best.json", DETECTOR_FINAL, DETECTOR_LAST
 RESULTS, PREDICTIONS, PICTURES = "results.json", "inference/coco_instances_results.json", "pictures"
 
-BASE_KEY = "_BASE_"
+BASE_KEY, SIZE = "_BASE_", "INPUT.SIZE"
 _KEY = re.compile(r"[A-Z_][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 # Keys in steps, and their equivalents in epochs or fractions of the run. The key that was set last is used.
 BY_EPOCHS = {
@@ -124,15 +125,10 @@ class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.0717
     PROB: ZeroToOne = 0.5
 
 
-class _Crop(ConfigKeys):
-    ENABLED: bool
-    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
-    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
-
-
 class InputKeys(ConfigKeys):
     """`INPUT`: reading and augmentation of images."""
 
+    SIZE: AtLeast0 = 0  # pixels; sets all keys that depend on the size of images, see `set_image_size`. 0: none
     FORMAT: Literal["RGB", "BGR"]
     MASK_FORMAT: Literal["polygon", "bitmask"]
     MIN_SIZE_TRAIN: AtLeast1 | Annotated[tuple[AtLeast1, ...], Field(min_length=1)] = Field(
@@ -144,7 +140,7 @@ class InputKeys(ConfigKeys):
     MAX_SIZE_TEST: AtLeast1
     MAX_PIXELS: AtLeast1 = MAX_PIXELS  # largest image that is read, as width * height
     RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
-    CROP: _Crop
+    CROP: CropKeys
     LSJ: _Jitter
     COPY_PASTE: _CopyPaste
 
@@ -269,11 +265,22 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
     is not YAML, a key is unknown, or a value has a wrong type or is out of range.
     """
+    trees = list(_read_with_base(resolve_config_path(name)))
+    for path, tree in trees:
+        check_tool(find_tool(tree), DETECT, path)
+    return build_det_config([(str(path), dict(flatten(tree))) for path, tree in trees], overrides)
+
+
+def build_det_config(sources: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str] = ()) -> CfgNode:
+    """Build and check a detection config.
+
+    `sources` are values by dotted key with the name of their file; later values replace earlier ones. `overrides` and
+    errors are those of `load_det_config`.
+    """
     cfg = detectron2_defaults()
     add_crossmae_config(cfg)
-    for path, tree in _read_with_base(resolve_config_path(name)):
-        check_tool(find_tool(tree), DETECT, path)
-        _merge(cfg, dict(flatten(tree)), str(path))
+    for source, values in sources:
+        _merge(cfg, values, source)
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in given and by_epochs in given:
@@ -307,6 +314,32 @@ def detectron2_defaults() -> CfgNode:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module._C
+
+
+def set_image_size(cfg: CfgNode, size: int) -> None:
+    """Set all keys that depend on the size of images, in place.
+
+    Images are scaled into a square of `size` pixels, in training and in evaluation. Anchors scale with the images. A
+    grid of patches that fits into one attention window needs no windows. Key `INPUT.SIZE` calls this. 0 sets nothing.
+    Raises UserError if the size does not fit the patches.
+    """
+    vit, anchors = cfg.MODEL.VIT, cfg.MODEL.ANCHOR_GENERATOR
+    patch, before = max(vit.PATCH_SIZE, 1), max(vit.IMG_SIZE, 1)
+    cfg.INPUT.SIZE = size
+    if not size:
+        return
+    if size < patch or size % patch:
+        raise UserError(f"{SIZE}: {size} does not fit the patches. Use a multiple of MODEL.VIT.PATCH_SIZE {patch}.")
+    vit.IMG_SIZE = cfg.INPUT.LSJ.SIZE = size
+    for split in ("TRAIN", "TEST"):
+        cfg.INPUT[f"MIN_SIZE_{split}"] = (size,) if split == "TRAIN" else size
+        cfg.INPUT[f"MAX_SIZE_{split}"] = size
+    for key in ("SQUARE_PAD", "SQUARE_PAD_TEST"):
+        vit[key] = size if vit[key] else 0  # 0 keeps rectangles
+    if size // patch <= vit.WINDOW_SIZE:
+        vit.WINDOW_SIZE = 0
+    scaled = [[side * size / before for side in level] for level in anchors.SIZES]
+    anchors.SIZES = [[int(side) if side == int(side) else side for side in level] for level in scaled]
 
 
 def choose_device(cfg: CfgNode, asked: bool) -> None:
@@ -375,6 +408,11 @@ def _merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in values and by_epochs not in values:
             _set(cfg, by_epochs, type(lookup(cfg, by_epochs))(), source)
+    if SIZE in values:  # sets keys of earlier files. Keys that are given with it win
+        for key in ("MODEL.VIT.PATCH_SIZE", SIZE):
+            if key in values:
+                _set(cfg, key, values[key], source)
+        set_image_size(cfg, cfg.INPUT.SIZE)
     for key, value in values.items():
         _set(cfg, key, value, source)
 
@@ -442,6 +480,18 @@ def check_config(cfg: CfgNode) -> None:
         log.warning(words, cfg.TEST.DETECTIONS_PER_IMAGE, keys.TEST.MAX_DETS)
     if lsj.ENABLED and vit.SQUARE_PAD > lsj.SIZE:
         log.info("MODEL.VIT.SQUARE_PAD %d pads images of INPUT.LSJ.SIZE %d", vit.SQUARE_PAD, lsj.SIZE)
+    _check_sizes(cfg, keys)
+
+
+def _check_sizes(cfg: CfgNode, keys: DetectorKeys) -> None:
+    """Reject sizes of images that do not fit each other."""
+    vit, images, lsj = keys.MODEL.VIT, keys.INPUT, keys.INPUT.LSJ
+    by_size = f" of {SIZE}" if images.SIZE else ""
+    for split in ("TRAIN", "TEST") if images.SIZE else ():
+        least, most = (getattr(images, f"{side}_SIZE_{split}") for side in ("MIN", "MAX"))
+        if np.max(least) > most and not (split == "TRAIN" and lsj.ENABLED):
+            what = f"{np.max(least)} is more than INPUT.MAX_SIZE_{split} {most}{by_size}"
+            raise UserError(f"INPUT.MIN_SIZE_{split}: {what}. Set both.")
     for name, key in (
         ("SQUARE_PAD", "INPUT.LSJ.SIZE" if lsj.ENABLED else "INPUT.MAX_SIZE_TRAIN"),
         ("SQUARE_PAD_TEST", "INPUT.MAX_SIZE_TEST"),
@@ -453,7 +503,9 @@ def check_config(cfg: CfgNode) -> None:
         if pad and 0 in np.atleast_1d(lookup(cfg, least)):
             raise UserError(f"MODEL.VIT.{name}: {least} 0 resizes no image, so images may not fit. Set {least}.")
         if pad and pad < most:
-            raise UserError(f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}. Raise MODEL.VIT.{name}.")
+            raise UserError(
+                f"MODEL.VIT.{name}: images of {key} {most} do not fit into {pad}{by_size}. Raise MODEL.VIT.{name}."
+            )
 
 
 def _check_heads(keys: DetectorKeys) -> None:

@@ -14,12 +14,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from crossmae.data.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable, run_cli, set_up_log
 from crossmae.files import make_folder, write_json
 from crossmae.pretraining.config import PretrainConfig, load_config
+from crossmae.pretraining.pixel_stats import LOW_RANGE, PixelStats, check_usable, measure
 from crossmae.training.config import add_config_arguments, read_yaml, resolve_config_path, set_override
 
 

@@ -17,9 +17,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.errors import run_cli, set_up_log
+from crossmae.errors import PROGRAMS, run_cli, set_up_log
 from crossmae.experiments.cells import finished_rows
-from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.study.grid import (
     GPU15,
     GPU_MINUTES,
@@ -37,7 +36,7 @@ from crossmae.experiments.study.grid import (
 )
 from crossmae.files.claim import keep_kind
 
-DOCUMENT = REPOSITORY / "docs" / "results.md"
+DOCUMENT = PROGRAMS / "docs" / "results.md"
 OUTPUT = Path("outputs/study")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -77,16 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     set_up_log()
     folder = from_root(args.output)
-    results = REPOSITORY / folder / "results.jsonl"
-    kept = args.rows or (KEPT_ROWS if folder == OUTPUT else REPOSITORY / folder / "study.jsonl")
+    results = PROGRAMS / folder / "results.jsonl"
+    kept = args.rows or (KEPT_ROWS if folder == OUTPUT else PROGRAMS / folder / "study.jsonl")
     if args.page:
         # Imported after the arguments, because these imports take seconds.
         from crossmae.experiments.study.page import write_study_page
         from crossmae.experiments.study.results_text import update_document
 
-        keep_kind(REPOSITORY / folder, "study", "--output")
+        keep_kind(PROGRAMS / folder, "study", "--output")
         rows = publish(results, kept)
-        write_study_page(rows, REPOSITORY / folder / "report.html")
+        write_study_page(rows, PROGRAMS / folder / "report.html")
         if kept.resolve() == KEPT_ROWS:
             update_document(DOCUMENT, rows)
         print(f"Open this page in a browser: {folder / 'report.html'}")
@@ -94,18 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [args.preset] if args.preset else args.only
     if args.plan:
         packages = [folder / "sources" / f"packages-{number}" for number in range(len(args.packages))]
-        packages = packages or [from_root(link) for link in linked_packages(REPOSITORY / folder)]
+        packages = packages or [from_root(link) for link in linked_packages(PROGRAMS / folder)]
         first = finished_rows(first_cells(folder, parts, packages), results)
         cells = study_cells(folder, parts, list(first.values()), packages)
         print(show_plan(cells, list(finished_rows(cells, results).values())))
         return
-    keep_kind(REPOSITORY / folder, "study", "--output")
+    keep_kind(PROGRAMS / folder, "study", "--output")
     sources = {"fashion-mnist": args.fashion_mnist} if "fashion_mnist" in parts else {}
-    link_sources(REPOSITORY / folder, sources)
+    link_sources(PROGRAMS / folder, sources)
     if {"detection", GPU15} & set(parts):
-        link_packages(REPOSITORY / folder, args.packages)
+        link_packages(PROGRAMS / folder, args.packages)
     minutes = GPU_MINUTES if args.preset and args.minutes is None else args.minutes
-    packages = [from_root(link) for link in linked_packages(REPOSITORY / folder)]
+    packages = [from_root(link) for link in linked_packages(PROGRAMS / folder)]
     try:
         run_study(folder, parts, packages, args.jobs, minutes)
     finally:

@@ -9,8 +9,9 @@
     python tools/worth.py IMAGES LABELS --plan --fine-tune-set optim.lr=2e-4          # a setting of the classifier
 
 IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
-them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, for a detector, or a
-folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
+them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, or labels of YOLO,
+Pascal VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned with
+the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
     random_same_rates         the same, with the learning rates of pretrained weights
@@ -29,7 +30,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae.errors import IN_WHEEL, UserError, run_cli, set_up_log
+from crossmae.errors import UserError, run_cli, set_up_log
 from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.worth.grid import EQUAL_COMPUTE, NEEDS_WEIGHTS, PRESETS, USUAL_ARMS
 from crossmae.experiments.worth.inputs import DEFAULT_SHARES, LabelledPart
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", type=Path, metavar="IMAGES", help="images to pretrain on; labels are not used")
-    add("labels", type=Path, metavar="LABELS", help="a COCO json, or a folder per class")
+    add("labels", type=Path, metavar="LABELS", help="labels of objects, or a folder per class")
     add("--label-images", type=Path, metavar="DIR", help="images that LABELS names (default: near LABELS, or IMAGES)")
     add("--val-labels", type=Path, metavar="FILE", help=VAL_HELP)
     add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")
@@ -80,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run, and write the page."""
     started, arguments = time.monotonic(), build_parser().parse_args(argv)
     set_up_log()
-    if IN_WHEEL and not (arguments.plan or arguments.page):
-        raise UserError("crossmae worth: a wheel only plans. Pass --plan, or run it in a clone of the repository.")
     from crossmae.experiments.worth import plan as worth  # imports torch, which takes seconds
 
     check_numbers(arguments)

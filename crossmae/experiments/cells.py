@@ -19,16 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from crossmae import __version__
-from crossmae.errors import UserError, shorten
-from crossmae.experiments.commands import (
-    FREE,
-    REPOSITORY,
-    EnergyMeter,
-    RunningCommand,
-    count_cores,
-    describe_machine,
-    find_gpus,
-)
+from crossmae.errors import PROGRAMS, UserError, shorten
+from crossmae.experiments.commands import FREE, EnergyMeter, RunningCommand, count_cores, describe_machine, find_gpus
 from crossmae.experiments.rows import Attempts, Row, append_row, command_line, now, read_rows
 from crossmae.files import make_folder, sha256
 from crossmae.files.claim import lock_now
@@ -144,7 +136,7 @@ def run_cells(
 
 def has_files(step: Step) -> bool:
     """Return true if a step has its file, or can continue."""
-    return any(path and (REPOSITORY / path).exists() for path in (step.done, step.resume_if))
+    return any(path and (PROGRAMS / path).exists() for path in (step.done, step.resume_if))
 
 
 def finished_rows(cells: Sequence[Cell], results: Path) -> dict[str, Row]:
@@ -187,7 +179,7 @@ def step_fingerprints(cells: Sequence[Cell], results: Path) -> dict[str, list[st
     the configs that the command names, the earlier steps of the cell, and the cells that it needs. The place of
     repository and results has no influence.
     """
-    places = {str(results.parent.resolve()): "@", str(results.parent): "@", str(REPOSITORY): "."}
+    places = {str(results.parent.resolve()): "@", str(results.parent): "@", str(PROGRAMS): "."}
     by_name, found = {cell.name: cell for cell in cells}, dict[str, list[str]]()
     for name in TopologicalSorter({cell.name: cell.needs for cell in cells}).static_order():
         cell = by_name[name]
@@ -214,7 +206,7 @@ def config_hashes(arguments: Sequence[str]) -> list[str]:
     )
     while ahead:
         word = ahead.pop()
-        path = next((place / word for place in (REPOSITORY, REPOSITORY / "configs") if (place / word).is_file()), None)
+        path = next((place / word for place in (PROGRAMS, PROGRAMS / "configs") if (place / word).is_file()), None)
         if path and path not in found:
             found[path] = sha256(path)
             bases = re.findall(r"^_BASE_: *[\"']?([^\"'\s]+)", path.read_text("utf-8", errors="replace"), re.MULTILINE)
@@ -251,7 +243,7 @@ class RunningCell:
 
     def is_step_done(self, number: int) -> bool:
         """Return true if a step ended with its present command."""
-        return self.attempts.was_started(number) and (REPOSITORY / self.cell.steps[number].done).exists()
+        return self.attempts.was_started(number) and (PROGRAMS / self.cell.steps[number].done).exists()
 
     def start_next_step(self) -> bool:
         """Start the next unfinished step. Return false if there is none."""
@@ -274,11 +266,11 @@ class RunningCell:
 
     def _words_to_resume(self, step: Step) -> tuple[str, ...]:
         """Return the words that continue an earlier attempt, or clean up."""
-        if self.attempts.was_started(self.number) and step.resume_if and (REPOSITORY / step.resume_if).exists():
+        if self.attempts.was_started(self.number) and step.resume_if and (PROGRAMS / step.resume_if).exists():
             return step.resume
-        (REPOSITORY / step.done).unlink(missing_ok=True)
+        (PROGRAMS / step.done).unlink(missing_ok=True)
         if step.folder:
-            shutil.rmtree(REPOSITORY / step.folder, ignore_errors=True)
+            shutil.rmtree(PROGRAMS / step.folder, ignore_errors=True)
         return ()
 
     def poll(self) -> bool:
@@ -296,7 +288,7 @@ class RunningCell:
             self.failure = f"killed by {signal.Signals(-code).name}{hint}"
         elif code:
             self.failure = f"exit code {code}"
-        elif not (REPOSITORY / self.cell.steps[self.number].done).exists():
+        elif not (PROGRAMS / self.cell.steps[self.number].done).exists():
             self.failure = f"wrote no {self.cell.steps[self.number].done}"
         self.command = None
         return True
@@ -356,7 +348,7 @@ class GridRun:
             cell.name
             for cell in self.cells
             if cell.name in (needed & self.rows.keys()) - self.ended
-            if not all((REPOSITORY / step.done).exists() for step in cell.steps)
+            if not all((PROGRAMS / step.done).exists() for step in cell.steps)
         }
 
     def run(self, stop: Callable[[], bool]) -> None:
@@ -413,7 +405,7 @@ class GridRun:
         """Start a cell in a free slot."""
         used = [running.gpu for running in self.running if running.gpu is not None]
         slot = next(slot for slot in self.slots if slot not in used)
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROGRAMS), os.environ.get("PYTHONPATH")]))}
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // len(self.slots)))
         if slot is not None:

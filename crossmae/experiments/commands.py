@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from crossmae.errors import PROGRAMS
+
 # Do not import torch here: this module also serves commands that have nothing to compute.
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE_SECONDS = 0.25
 POWERCAP = Path("/sys/class/powercap")
 # Linux ends the child if its parent ends, even by SIGKILL. `exec` keeps that wish and the number of the process.
@@ -160,7 +161,7 @@ class RunningCommand:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=REPOSITORY,
+            cwd=PROGRAMS,
             env=os.environ | dict(environment or {}),
             start_new_session=True,
         )

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from crossmae.errors import UserError
-from crossmae.experiments.commands import FREE, REPOSITORY, Cost
+from crossmae.errors import PROGRAMS, UserError
+from crossmae.experiments.commands import FREE, Cost
 from crossmae.files import load_json, write_json
 from crossmae.files.claim import locked
 
@@ -147,7 +147,7 @@ class Attempts:
 
 def command_line(arguments: Sequence[str]) -> str:
     """Write a command for a shell in the repository's root."""
-    words = ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}{os.sep}") for word in arguments]
+    words = ["python" if word == sys.executable else word.removeprefix(f"{PROGRAMS}{os.sep}") for word in arguments]
     return shlex.join(words)
 
 

@@ -1,7 +1,7 @@
 """Files: reading with errors that name the file, atomic writing, claims of folders, and leftovers of killed runs."""
 
 from crossmae.files.expansion import expand_path, why_unexpanded
-from crossmae.files.parsing import load_json, load_literal, load_yaml, paused_garbage_collection
+from crossmae.files.parsing import load_json, load_literal, load_xml, load_yaml, paused_garbage_collection
 from crossmae.files.reading import (
     PACKED_STARTS,
     decode_text,
@@ -52,6 +52,7 @@ __all__ = [
     "is_number",
     "load_json",
     "load_literal",
+    "load_xml",
     "load_yaml",
     "make_folder",
     "name_write_errors",

@@ -1,4 +1,4 @@
-"""JSON, YAML settings and Python literals that others wrote, parsed within bounds. Only ValueError is raised."""
+"""JSON, YAML settings, XML and Python literals that others wrote, parsed within bounds. Only ValueError is raised."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from xml.etree import ElementTree
 
 import yaml
 
@@ -21,6 +22,7 @@ except ImportError:  # pragma: no cover
 MAX_DEPTH = 100  # lists and mappings in each other
 MAX_DIGITS, MAX_SETTING = 300, 10**18  # digits of a whole number in JSON; absolute value of a setting
 MAX_SETTINGS_TEXT, MAX_SETTINGS = 1 << 18, 100_000  # characters of settings; their values, with aliases counted again
+MAX_XML_TEXT = 1 << 25  # characters
 
 
 def load_json(text: str | bytes) -> Any:
@@ -92,6 +94,21 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"a tag does not fit its value ({error})") from None
     _check_bounds(value, MAX_SETTINGS)
     return value
+
+
+def load_xml(text: str) -> ElementTree.Element:
+    """Parse XML without entities of its own, which could multiply.
+
+    Raises ValueError if the text is not XML, declares entities, or has too many characters.
+    """
+    if len(text) > MAX_XML_TEXT:
+        raise ValueError(f"{len(text):,} characters are more than {MAX_XML_TEXT:,}")
+    if "<!ENTITY" in text:
+        raise ValueError("it declares entities")
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"not XML: {error}") from None
 
 
 def load_literal(text: str) -> Any:

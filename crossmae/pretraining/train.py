@@ -94,14 +94,14 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     fingerprint[IMAGE_NAMES] = source.digest(labelled=False)
     complete = is_complete(start, schedule.last_step, fingerprint)
-    origin = recorded_inheritance(start / MODEL) if start else {}
+    origin = recorded_inheritance(start / MODEL) if start else inherited()
     if config.model.init and not start:
         with named_by("model.init", config.model.init):
             report = start_from(model, config.model.init, arguments, data)
         given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
         found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
         say_assumed(found, MODEL_KEYS)
-        origin = inherited(report.licence, found)
+        origin = inherited(report.licence, found, config.model.init.name)
     # The measurements, and a check of every image.
     normalize = Normalize(data.mean, data.std, device)
     judges = build_judges(config, model, source, schedule, ranks, normalize)

@@ -27,10 +27,10 @@ from pydantic import (
 )
 
 from crossmae.data.images import MAX_PIXELS, ImageLimits
-from crossmae.errors import IN_WHEEL, SHIPPED, UserError, counted, shorten
+from crossmae.errors import PROGRAMS, UserError, counted, shorten
 from crossmae.files import decode_text, load_yaml, read_file, why_unexpanded
 
-CONFIG_ROOT = (SHIPPED if IN_WHEEL else SHIPPED.parent) / "configs"
+CONFIG_ROOT = PROGRAMS / "configs"
 
 # Config sections, and keys of the data section, that may change when a run is resumed.
 NOT_DECISIVE = {"output_dir", "log", "validation", "probe", "health", "evaluation", "checkpoint"}
@@ -156,6 +156,11 @@ class StepConfig(ConfigSection):
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)
     clip_grad: Positive | None = Field(None, description="largest gradient norm; null: no clipping")
     ema: Ratio | None = Field(None, description="decay per step of the averaged weights, approached from 0; null: none")
+
+    @property
+    def images_per_process(self) -> int:
+        """Images of an optimizer step in each process."""
+        return self.batch_size * self.accumulate
 
 
 class ScheduleConfig(ConfigSection):

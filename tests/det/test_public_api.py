@@ -26,6 +26,7 @@ def test_public_names():
         "load_det_config",
         "load_weights",
         "register_coco",
+        "set_image_size",
         "train",
     ]
     assert all(hasattr(det, name) for name in det.__all__)

@@ -28,7 +28,7 @@ from det.config import BASE_KEY, EvaluationKeys, SolverKeys, flatten, load_det_c
 from det.training.optimizer import StepSchedule, resolve_schedule
 from tools.train_net import build_parser
 
-UNPUBLISHED = {"demo_mask_rcnn", "things_mask_rcnn"}  # for small data sets that the tools compose
+UNPUBLISHED = {"demo_mask_rcnn", "things_mask_rcnn", "laptop_mask_rcnn"}  # for CPUs, see test_laptop.py
 RECIPES = sorted(p for p in CONFIG_ROOT.glob("*.yaml") if p.stem not in UNPUBLISHED and "probe" not in p.stem)
 BASE = CONFIG_ROOT / "coco_mask_rcnn.yaml"
 TABLE = CONFIG_ROOT.parent / "docs" / "detection_recipes.md"
@@ -354,6 +354,14 @@ class TestEveryRecipe:
             assert int(steps.replace(",", "")) == resolved.last_step
         if path.stem not in OWN and "lvis" not in path.stem:
             assert f" / {cfg.SOLVER.IMS_PER_BATCH} = " in text
+
+
+def test_the_laptop_config_has_the_form_of_the_recipes() -> None:
+    """Its cost is the time on a CPU, so it has no arithmetic for GPUs. For the rest, see test_laptop.py."""
+    path, form = CONFIG_ROOT / "laptop_mask_rcnn.yaml", TestEveryRecipe()
+    form.test_it_repeats_nothing_of_its_base(path)
+    form.test_its_keys_are_in_the_order_of_the_base(path)
+    form.test_every_setting_that_its_comments_name_exists(path)
 
 
 def test_vit_h_decays_norms_and_positions_as_published() -> None:

@@ -20,7 +20,7 @@ from crossmae.errors import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "torchvision", "detectron2", "timm", "matplotlib", "scipy", "sklearn", "pandas", "transformers"]
-SCRIPTS = [*ROOT.glob("tools/*.py"), ROOT / "tools/demo/report.py", ROOT / "tools/demo/run.py"]
+SCRIPTS = [*ROOT.glob("tools/*.py"), ROOT / "tools/demo/run.py"]
 TOOLS = sorted(str(path.relative_to(ROOT)) for path in SCRIPTS)
 RUN = """
 import json, runpy, sys

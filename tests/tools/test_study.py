@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from crossmae.errors import PROGRAMS
 from crossmae.experiments.cells import step_fingerprints
-from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.rows import append_row
 from crossmae.experiments.study.grid import KEPT_ROWS, link_packages, study_cells
 from tests.crossmae.experiments.study.made_rows import make_row
@@ -36,7 +36,7 @@ def test_the_plan_counts_only_cells_that_would_not_run_again(
 
 
 def test_a_trial_in_another_folder_leaves_the_kept_rows_and_the_document(tmp_path: Path) -> None:
-    files = (KEPT_ROWS, REPOSITORY / "docs" / "results.md")
+    files = (KEPT_ROWS, PROGRAMS / "docs" / "results.md")
     before = [path.read_bytes() for path in files]
     row = replace(make_row({"part": "decoder", "kind": "decoder"}, {}), finished="2999-01-01")
     append_row(tmp_path / "results.jsonl", row)

@@ -364,7 +364,7 @@ def build_model(
         weights = read_weights(file) if file else None
     architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, len(classes), settings.pool, settings.drop_path, settings.head)
-    origin = recorded_inheritance(file) if start and file else {}
+    origin = recorded_inheritance(file) if start and file else inherited()
     if weights and not start:
         compare_pixels(weights, data)
         warn_of_untrained_blocks(weights, architecture.depth)
@@ -372,7 +372,7 @@ def build_model(
         log.info("model.init: the encoder of %s: %s", weights.path, report.summary())
         found = assumed(report.assumed, () if settings.num_heads is None else ("num_heads",))
         say_assumed(found, MODEL_KEYS)
-        origin = inherited(report.licence, found)
+        origin = inherited(report.licence, found, file.name if file else "")
         if weights.metadata.get(FORMAT) == CLASSIFIER:
             start_head(model, weights, settings, classes)
     if settings.freeze:

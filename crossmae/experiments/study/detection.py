@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from crossmae.errors import PROGRAMS
 from crossmae.experiments.cells import Cell, Step
-from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.study.arms import DECAYED_RANDOM, Arm, DetectionSettings
 from crossmae.experiments.study.fashion_mnist import pretraining_numbers, resumed
 from crossmae.experiments.study.label_subset import COUNTS, VAL
@@ -48,7 +48,7 @@ def data_cell(folder: Path, settings: DetectionSettings, packages: Sequence[Path
 
 def data_numbers(output: Path) -> dict[str, float]:
     """Read the numbers of images of a data set."""
-    settings = read_json(REPOSITORY / output / "manifest.json")["settings"]
+    settings = read_json(PROGRAMS / output / "manifest.json")["settings"]
     return {key: float(settings[key]) for key in ("train", "val", "pretrain", "size")}
 
 
@@ -65,7 +65,7 @@ def subset_cell(folder: Path, settings: DetectionSettings, seed: int) -> Cell:
         f"{settings.part}-labels-seed{seed}",
         facts,
         (step,),
-        lambda: {name: float(count) for name, count in read_json(REPOSITORY / output / COUNTS).items()},
+        lambda: {name: float(count) for name, count in read_json(PROGRAMS / output / COUNTS).items()},
         (f"{settings.part}-data",),
         SUBSET_SECONDS,
     )
@@ -141,7 +141,7 @@ def detect_cell(
         f"{settings.part}-detect-{name}-share{share:g}-seed{seed}",
         facts,
         (step,),
-        lambda: read_detection(REPOSITORY / output),
+        lambda: read_detection(PROGRAMS / output),
         (f"{settings.part}-pretrain-{arm.name}-seed{seed}", f"{settings.part}-labels-seed{seed}"),
         settings.detect_seconds,
     )

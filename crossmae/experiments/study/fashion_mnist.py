@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from crossmae.errors import PROGRAMS
 from crossmae.experiments.cells import Cell, Step
-from crossmae.experiments.commands import REPOSITORY
 from crossmae.experiments.rows import Row
 from crossmae.experiments.study.arms import (
     FASHION_ARMS,
@@ -149,7 +149,7 @@ def finetune_cell(folder: Path, arm: Arm, seed: int) -> Cell:
         f"fashion-finetune-{arm.name}-seed{seed}",
         fashion_facts("finetune", arm, seed) | {"labelled": 1000},
         (resumed(words, output, "report.html"),),
-        lambda: {"top1": 100 * read_json(REPOSITORY / output / "evaluation" / "evaluation.json")["numbers"]["top1"]},
+        lambda: {"top1": 100 * read_json(PROGRAMS / output / "evaluation" / "evaluation.json")["numbers"]["top1"]},
         needs=(f"fashion-pretrain-{arm.name}-seed{seed}",),
         estimate=FINETUNE_SECONDS,
     )
@@ -212,7 +212,7 @@ def fashion_facts(kind: str, arm: Arm, seed: int) -> dict[str, str | int | float
 def held_out_numbers(run: Path) -> dict[str, float]:
     """Read the held-out losses of a run by epoch, and the last."""
     losses = {
-        row["epoch"]: row["val_loss"] for row in read_json_lines(REPOSITORY / run / "log.jsonl") if "val_loss" in row
+        row["epoch"]: row["val_loss"] for row in read_json_lines(PROGRAMS / run / "log.jsonl") if "val_loss" in row
     }
     by_epoch = {f"val_loss_epoch{round(epoch)}": loss for epoch, loss in losses.items()}
     return by_epoch | {"val_loss": losses[max(losses)]}
@@ -247,7 +247,7 @@ def probe_numbers(output: Path) -> dict[str, float]:
     `knn_train` leaves one out among the training pictures: k and temperature are chosen by it, and so is a learning
     rate.
     """
-    methods = read_json(REPOSITORY / output / "results.json")["methods"]
+    methods = read_json(PROGRAMS / output / "results.json")["methods"]
     chosen = methods["knn"]["chosen"]
     numbers = {"knn": 100 * chosen["val"]["accuracy"], "knn_train": 100 * chosen["train"]["accuracy"]}
     if "linear" in methods:

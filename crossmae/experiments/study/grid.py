@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from crossmae.errors import UserError, shorten
+from crossmae.errors import PROGRAMS, UserError, shorten
 from crossmae.experiments.cells import Cell, Step, run_cells
-from crossmae.experiments.commands import REPOSITORY, find_gpus
+from crossmae.experiments.commands import find_gpus
 from crossmae.experiments.rows import Row, read_rows
 from crossmae.experiments.study.arms import DETECTION_CPU, DETECTION_GPU15
 from crossmae.experiments.study.detection import detection_cells
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PARTS = ("decoder", "fashion_mnist", "detection")
 GPU15, GPU_MINUTES = DETECTION_GPU15.part, 15.0  # a preset, and the minutes that it may take
 PACKAGES = "packages-"  # start of the names of links to folders with extracted packages
-KEPT_ROWS = REPOSITORY / "docs" / "results" / "study.jsonl"
+KEPT_ROWS = PROGRAMS / "docs" / "results" / "study.jsonl"
 
 
 def first_cells(folder: Path, parts: Sequence[str] = PARTS, packages: Sequence[Path] = ()) -> list[Cell]:
@@ -67,7 +67,7 @@ def run_study(
         jobs: cells at the same time, without a GPU.
         minutes: start no cell that would end later.
     """
-    results, gpus, started = REPOSITORY / folder / "results.jsonl", list(find_gpus()), time.monotonic()
+    results, gpus, started = PROGRAMS / folder / "results.jsonl", list(find_gpus()), time.monotonic()
     first = first_cells(folder, parts, packages)
     rows = run_cells(first, results, jobs=jobs, gpus=gpus, minutes=None if GPU15 in parts else minutes)
     if len(rows) < len(first):
@@ -82,7 +82,7 @@ def decoder_cell(folder: Path) -> Cell:
     output = folder / "decoder" / "decoder.json"
     step = Step(("-m", "crossmae.experiments.study.decoder_cost", "--output", str(output)), output)
     facts = {"part": "decoder", "kind": "decoder"}
-    return Cell("decoder-cost", facts, (step,), lambda: decoder_numbers(REPOSITORY / output), estimate=420)
+    return Cell("decoder-cost", facts, (step,), lambda: decoder_numbers(PROGRAMS / output), estimate=420)
 
 
 def decoder_numbers(path: Path) -> dict[str, float]:
@@ -137,7 +137,7 @@ def linked_packages(folder: Path) -> list[Path]:
 def from_root(path: Path) -> Path:
     """Write a path relative to the root of the repository where possible."""
     absolute = expand_path(path, "path").absolute()
-    return absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else absolute
+    return absolute.relative_to(PROGRAMS) if absolute.is_relative_to(PROGRAMS) else absolute
 
 
 def show_plan(cells: Sequence[Cell], rows: Sequence[Row]) -> str:

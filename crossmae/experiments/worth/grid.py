@@ -141,7 +141,7 @@ def choose_budget(question: Question, steps: int | None, extra_steps: int = 0) -
     """
     given = ["data.train=IMAGES", "output_dir=OUT", *question.pretrain_settings]
     config = load_config(question.preset.pretrain, given)
-    batch = config.optim.batch_size * config.optim.accumulate
+    batch = config.optim.images_per_process
     per_epoch = question.count // config.optim.batch_size // config.optim.accumulate
     if per_epoch < 1:
         raise UserError(

@@ -12,7 +12,7 @@ from crossmae.experiments.worth.inputs import Task
 from crossmae.files import load_yaml
 from crossmae.training.config import read_yaml, resolve_config_path
 
-WIDEST = 1333  # INPUT.MAX_SIZE_TEST, if a config of the detector does not set it
+WIDEST = 1333  # INPUT.MAX_SIZE_TEST, if a config of the detector sets neither this key nor INPUT.SIZE
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def sizes_of(
     crop, given = _by(encoder["img_size"]), dict(word.split("=", 1) for word in fine_tune_settings)
     if task == "detect":
         config = _read_with_bases(resolve_config_path(preset.detect))
-        image = given.get("INPUT.MAX_SIZE_TEST") or str(config.get("INPUT", {}).get("MAX_SIZE_TEST", WIDEST))
+        inputs = config.get("INPUT", {})
+        image = given.get("INPUT.MAX_SIZE_TEST") or given.get("INPUT.SIZE")
+        image = image or str(inputs.get("MAX_SIZE_TEST") or inputs.get("SIZE") or WIDEST)
     else:
         sizes = ("img_size", "patch_size", "embed_dim", "depth")
         encoder |= {key: load_yaml(given[f"model.{key}"]) for key in sizes if f"model.{key}" in given}

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from crossmae.errors import UserError
+from crossmae.errors import PROGRAMS, UserError
 from crossmae.experiments import cells as engine
 from crossmae.experiments.cells import Cell, read_rows, run_cells
-from crossmae.experiments.commands import REPOSITORY
 from tests.crossmae.experiments.tiny_grid import WORK, python_step, twelve_cells, working_cell
 
 SECONDS = 60  # for a start on a busy machine
@@ -291,11 +290,11 @@ def start(folder: Path, jobs: int = 1) -> subprocess.Popen[str]:
 
     A shell's background jobs ignore Ctrl-C, and so would their programs: the program gets the default again.
     """
-    program = REPOSITORY / "tests/crossmae/experiments/tiny_grid.py"
+    program = PROGRAMS / "tests/crossmae/experiments/tiny_grid.py"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command = [sys.executable, str(program), str(folder), str(jobs)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROGRAMS)
     finally:
         signal.signal(signal.SIGINT, before)
 

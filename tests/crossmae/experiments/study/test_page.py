@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmae.errors import UserError
-from crossmae.experiments.commands import REPOSITORY
+from crossmae.errors import PROGRAMS, UserError
 from crossmae.experiments.rows import read_rows
 from crossmae.experiments.study.arms import FASHION_ARMS
 from crossmae.experiments.study.grid import KEPT_ROWS
@@ -86,5 +85,5 @@ def test_the_document_is_updated_between_its_markers(tmp_path: Path) -> None:
 
 
 def test_the_repository_shows_the_rows_that_it_keeps() -> None:
-    text = (REPOSITORY / "docs" / "results.md").read_text("utf-8")
+    text = (PROGRAMS / "docs" / "results.md").read_text("utf-8")
     assert results_text(read_rows(KEPT_ROWS)) in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossmae.classification.evaluation.metrics import Mean
-from crossmae.experiments.commands import REPOSITORY
+from crossmae.errors import PROGRAMS
 from crossmae.experiments.statistics import Difference
 from crossmae.experiments.study.predictions import (
     FASHION_MEASURES,
@@ -105,7 +105,7 @@ def test_other_measures_do_not_change_a_verdict() -> None:
 
 
 def test_the_document_states_predictions_rules_and_margins() -> None:
-    text = (Path(REPOSITORY) / "docs" / "results.md").read_text("utf-8")
+    text = (Path(PROGRAMS) / "docs" / "results.md").read_text("utf-8")
     for one in PREDICTIONS:
         line = next(line for line in text.splitlines() if line.startswith(f"| {one.name} |"))
         assert one.text in line

@@ -17,7 +17,7 @@ from tests.crossmae.experiments.worth.tiny_question import ask, tiny_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("settings", [(), ("INPUT.MAX_SIZE_TEST=384",)])
+@pytest.mark.parametrize("settings", [(), ("INPUT.MAX_SIZE_TEST=384",), ("INPUT.SIZE=256",)])
 def test_sizes_of_the_detector_are_those_of_its_config(name: str, settings: tuple[str, ...]) -> None:
     """An independent reader of the configs: the detector's own."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")

@@ -1,8 +1,8 @@
-"""Write the demo's results to one page, FOLDER/report.html, and the COCO table to FOLDER/summary.txt.
+"""Write the results of `tools/run.py` or the demo to one page, FOLDER/report.html, and the AP to FOLDER/summary.txt.
 
-    python tools/demo/report.py outputs/demo
+    python tools/report.py outputs/run
 
-The program can be run at any time. The page names missing or damaged files.
+Both write this page at their end. The program can be run at any time. The page names missing or damaged files.
 """
 
 from __future__ import annotations
@@ -35,24 +35,27 @@ if TYPE_CHECKING:
     from det.evaluation.resampling import ApDifference
 
 COUNT = 12  # number of held-out images on the page
-STAGES, PRETRAIN_LOG = "stages.json", "pretrain/log.jsonl"
-FEW, ANNOTATIONS = "data/annotations/few.json", "data/annotations/val.json"
+STAGES, INPUTS, PRETRAIN_LOG = "stages.json", "pipeline.json", "pretrain/log.jsonl"
 # Files of each detector.
 RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "log.jsonl", "run.json"
 LEAD = (
-    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of unlabelled images. Then the same Mask "
-    "R-CNN was trained twice on a few of these images with labels: once from the pretrained encoder, and once from the "
-    "random weights that pretraining had started from. It outlines handwritten digits in photographs. Digits and "
-    "photographs are real. The held-out images share none of them with the training images. Every number was measured "
-    "by the commands shown, on the machine described at the end."
+    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of the images, without labels. Then a "
+    "detector was trained from its encoder. Every number was measured by the commands shown, on the machine described "
+    "at the end."
+)
+PRETRAINED_ONLY = (
+    "A masked autoencoder, CrossMAE, learned to reconstruct hidden patches of the images. There were no labels, so "
+    "there is no detector. Every number was measured by the commands shown, on the machine described at the end."
 )
 ONE_SEED = (
     "Each detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
     "points, so one seed of each shows nothing about the gain from pretraining. tools/worth.py trains with three seeds "
     "and computes intervals."
 )
-
-
+ONE_RUN = (
+    "The detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
+    "points. With --compare, tools/run.py also trains the same detector from random weights."
+)
 HEADLINES = [f"{word} {key}" for key in ("AP", "AP50") for word in TASKS.values()]  # columns of the comparison
 
 
@@ -72,9 +75,58 @@ class Arm:
         return f"{self.folder}/{name}"
 
 
-def read_arms(run: RunFolder) -> tuple[Arm, Arm]:
-    """Read the detector from random weights, and the detector from own pretraining."""
-    return read_arm(run, "random weights", "detect-random"), read_arm(run, "own pretraining", "detect-own")
+class LabelledFiles(FileContent):
+    """A COCO file and the folder of its images, as names in the output folder or as absolute paths."""
+
+    json_path: str = Field(alias="json")
+    images: str
+
+
+class PlannedStage(FileContent):
+    """A stage of the plan: name, what it does, and expected seconds."""
+
+    name: str
+    what: str
+    seconds: float
+
+
+class PageInputs(FileContent):
+    """Inputs of the page: the key "page" of pipeline.json.
+
+    Attributes:
+        arms: what each detector starts from, by folder.
+        train, val: labelled images of the detectors.
+        worth: images, and labels for the command that repeats the comparison.
+        neighbours: what nearest neighbours measure.
+        facts: images, labels and machine in words.
+        plan: stages with expected times.
+    """
+
+    title: str
+    lead: str = ""
+    arms: dict[str, str] = Field({})
+    train: LabelledFiles | None = None
+    val: LabelledFiles | None = None
+    worth: LabelledFiles | None = None
+    neighbours: str = "the share of crops of objects and background whose class is found by the encoder's features"
+    facts: dict[str, str] = Field({})
+    plan: list[PlannedStage] = Field([])
+
+    @property
+    def annotations(self) -> str:
+        """Name of the validation labels."""
+        return self.val.json_path if self.val else "data/val.json"
+
+
+class PipelineRecord(FileContent):
+    """The content of pipeline.json that the page uses."""
+
+    page: PageInputs
+
+
+def read_arms(run: RunFolder, inputs: PageInputs) -> list[Arm]:
+    """Read the detectors."""
+    return [read_arm(run, start, folder) for folder, start in inputs.arms.items()]
 
 
 def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
@@ -113,25 +165,33 @@ class Stages(FileContent):
         return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
-def comparison_section(run: RunFolder, arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> page.Section:
-    """Compare the two detectors, and tell what the difference shows."""
+def comparison_section(
+    run: RunFolder, inputs: PageInputs, arms: Sequence[Arm], differences: Mapping[str, ApDifference]
+) -> page.Section:
+    """Show the AP of the detectors, and what a difference shows."""
     found = [arm for arm in arms if arm.results]
-    caption = f"AP and AP50 on held-out images, in percent. A full bar is 100. {training_text(run, arms)}{AP_TEXT}"
+    text = training_text(run, inputs, arms)
+    caption = f"AP and AP50 on held-out images, in percent. A full bar is 100. {text}{AP_TEXT}"
     blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
+    if len(arms) < 2:
+        return page.Section("Result", ONE_RUN, blocks)
     if not differences:
-        needed = (ANNOTATIONS, *(arm.file(PREDICTIONS) for arm in arms))
+        needed = (inputs.annotations, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
-    blocks.append(worth_command(run.path / "data"))
+    if inputs.worth and inputs.train and inputs.val:
+        blocks.append(worth_command(run.path, inputs.worth, inputs.train, inputs.val))
     return page.Section("Comparison", verdict(differences), blocks)
 
 
-def training_text(run: RunFolder, arms: Sequence[Arm]) -> str:
+def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> str:
     """Tell how the detectors were trained."""
-    few = run.read(FEW, read_coco, None)
+    few = run.read(inputs.train.json_path, read_coco, None) if inputs.train else None
     labelled = counted(len(few["images"]), "labelled image") if few else "the same labelled images"
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("step"))}
     length = f" for {counted(steps.pop(), 'step')}" if len(steps) == 1 else ""
+    if len(arms) < 2:
+        return f"The detector was trained{length} on {labelled}. "
     order = "with the same seed and the same order of the images"
     return f"Both detectors were trained{length} on {labelled}, {order}. {differing_settings(arms)}"
 
@@ -164,10 +224,10 @@ def comparison_table(arms: Sequence[Arm], differences: Mapping[str, ApDifference
     return page.Table(["start", *HEADLINES], rows, caption, footer if len(arms) > 1 else ())
 
 
-def worth_command(data: Path) -> page.Commands:
+def worth_command(folder: Path, labelled: LabelledFiles, train: LabelledFiles, val: LabelledFiles) -> page.Commands:
     """Show the command that repeats the comparison with three seeds."""
-    words = [data / "pretrain", data / "annotations/train.json", "--label-images", data / "train"]
-    words += ["--val-labels", data / "annotations/val.json", "--val-images", data / "val"]
+    words = [folder / labelled.images, folder / labelled.json_path, "--label-images", folder / train.images]
+    words += ["--val-labels", folder / val.json_path, "--val-images", folder / val.images]
     words += ["--arms", "random_pretraining_init,own", "--shares", "10,100"]
     return sections.commands({"The same question with three seeds": ["worth.py", *map(str, words)]})
 
@@ -178,11 +238,15 @@ def headlines(results: DetectionResults | None) -> list[float | None]:
     return [numbers.get(task, {}).get(key) for key in ("AP", "AP50") for task in TASKS]
 
 
-def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] | None) -> dict[str, ApDifference]:
+def ap_differences(
+    run: RunFolder, inputs: PageInputs, arms: Sequence[Arm], truth: dict[str, Any] | None
+) -> dict[str, ApDifference]:
     """Compute the AP of the second detector minus the first, by task.
 
-    Returns nothing if a file is missing or damaged. `run.faults` has the reason then.
+    Returns nothing without two detectors, or if a file is missing or damaged. `run.faults` has the reason then.
     """
+    if len(arms) < 2:
+        return {}
     from det.evaluation.resampling import bootstrap_difference, match_detections  # slow import
 
     first, second = (arm.predictions for arm in arms)
@@ -192,9 +256,10 @@ def ap_differences(run: RunFolder, arms: tuple[Arm, Arm], truth: dict[str, Any] 
         return {
             task: bootstrap_difference(match_detections(truth, first, task), match_detections(truth, second, task))
             for task in TASKS
+            if all(task in arm.results.numbers for arm in arms if arm.results)
         }
     except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
-        run.faults[arms[1].file(PREDICTIONS)] = f"the detections do not fit {ANNOTATIONS}: {error!r}"
+        run.faults[arms[1].file(PREDICTIONS)] = f"the detections do not fit {inputs.annotations}: {error!r}"
         return {}
 
 
@@ -237,8 +302,10 @@ def class_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
     return page.Section("Classes", "", [page.Table(columns, rows, "AP in percent. A full bar is 100.")])
 
 
-def prediction_section(run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None) -> page.Section:
-    """Show true objects and the predictions of both detectors, side by side."""
+def prediction_section(
+    run: RunFolder, inputs: PageInputs, arms: Sequence[Arm], truth: dict[str, Any] | None
+) -> page.Section:
+    """Show true objects and the predictions of the detectors, side by side."""
     from det.evaluation.pictures import compare_pictures  # slow import
 
     what = "pictures of detections"
@@ -246,19 +313,19 @@ def prediction_section(run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any
     blocks: list[page.PageBlock] = [run.missing(name, what) for name in absent]
     found = {arm.start: arm.predictions for arm in arms if arm.predictions is not None}
     if truth is None:
-        blocks.append(run.missing(ANNOTATIONS, what))
-    elif found:
+        blocks.append(run.missing(inputs.annotations, what))
+    elif found and inputs.val:
         try:
-            drawn = compare_pictures(truth, run.path / "data/val", found, COUNT)
+            drawn = compare_pictures(truth, run.path / inputs.val.images, found, COUNT)
             alt = f"true objects on the left, then predictions from {' and '.join(found)}"
             pictures = [page.embed_image(pixels, alt=f"image {name}: {alt}", density=2) for name, pixels in drawn]
             blocks.insert(0, page.Gallery([page.PictureRow([picture]) for picture in pictures], min_width=700))
         except (UserError, KeyError, TypeError, ValueError) as error:
             names = ", ".join(arm.file(PREDICTIONS) for arm in arms if arm.predictions is not None)
-            blocks.append(page.Missing(Path(names), what, f"it does not fit {ANNOTATIONS}: {error}"))
+            blocks.append(page.Missing(Path(names), what, f"it does not fit {inputs.annotations}: {error}"))
     text = (
-        f"{COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on the "
-        "left, next to them the predictions of the detectors with their scores. A class has the same colour everywhere."
+        f"Up to {COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on "
+        "the left, next to them the predictions with their scores. A class has the same colour everywhere."
     )
     return page.Section("Held-out images", text, blocks)
 
@@ -299,7 +366,7 @@ def reconstruction_section(run: RunFolder) -> page.Section:
     return page.Section("Reconstructions", text, blocks)
 
 
-def pretraining_section(run: RunFolder) -> page.Section:
+def pretraining_section(run: RunFolder, inputs: PageInputs) -> page.Section:
     """Plot loss, learning rate and validation of pretraining."""
     log = run.read(PRETRAIN_LOG, lambda path: read_log(path, "step"), LoggedNumbers())
     plots = {
@@ -312,8 +379,8 @@ def pretraining_section(run: RunFolder) -> page.Section:
         plots["Nearest neighbours"] = "accuracy", {"knn_accuracy": "nearest neighbours"}
     text = (
         "The loss is the mean squared error of hidden patches. Each patch is normalised to mean 0 and variance 1. The "
-        "held-out loss is measured on other photographs and other handwriting. Nearest neighbours is the share of "
-        "grayscale crops whose photograph is found by the encoder's features. The encoder is random at step 0."
+        "held-out loss is measured on images that pretraining does not see. Nearest neighbours is "
+        f"{inputs.neighbours}. The first values are from step 0, before any training."
     )
     if rates := log.values("images_per_second"):
         text += f" The median speed was {np.median(rates):.0f} images per second."
@@ -321,7 +388,7 @@ def pretraining_section(run: RunFolder) -> page.Section:
 
 
 def detector_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
-    """Plot the total losses of both detectors."""
+    """Plot the total losses of the detectors."""
     rows = [{"step": row["step"], arm.start: row["loss"]} for arm in arms for row in arm.log.rows if "loss" in row]
     missing = [run.missing(arm.file(LOG), f"loss from {arm.start}") for arm in arms if not arm.log.rows]
     text = "The total loss of Mask R-CNN is the sum of the losses of proposals, classes, boxes and masks."
@@ -331,21 +398,25 @@ def detector_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
     return page.Section("Detector training", text, [*plots, *missing])
 
 
-def stage_section(run: RunFolder, record: Stages) -> page.Section:
-    """Show the time, peak memory and command of every stage."""
+def stage_section(run: RunFolder, inputs: PageInputs, record: Stages) -> page.Section:
+    """Show time, peak memory and command of every stage."""
     if not record.stages:
         return page.Section("Stages", "", [run.missing(STAGES, "record of the stages")])
-    rows = []
+    rows, planned = [], {stage.name: stage for stage in inputs.plan}
     for stage in record.stages:
         row = [stage.name, "this page" if stage.name == "report" else stage.status, "-"]
         if stage.status == "done":
             row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
+        if planned:
+            one = planned.get(stage.name)
+            row += [page.format_seconds(one.seconds), one.what] if one else ["-", ""]
         rows.append(row)
     caption = (
         "The time includes the start of the program. Peak memory is the highest sum of the resident memory of a "
         "stage's processes, sampled four times a second. Shared memory counts once for each process."
     )
-    table = page.Table(["stage", "time", "peak memory"], rows, caption, ["all", *record.totals])
+    columns = ["stage", "time", "peak memory", *(["planned", "plan"] if planned else [])]
+    table = page.Table(columns, rows, caption, ["all", *record.totals, *(["", ""] if planned else [])])
     commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in record.stages])
     return page.Section("Stages", "Each stage is one command. Run the commands in this order.", [table, commands])
 
@@ -384,44 +455,83 @@ def environment() -> list[tuple[str, str]]:
     ]
 
 
-def build_report(
-    run: RunFolder, arms: Sequence[Arm], truth: dict[str, Any] | None, differences: Mapping[str, ApDifference]
-) -> page.Report:
-    """Build the demo's page from the files in the demo's folder."""
-    record = run.read(STAGES, Stages.read, Stages())
-    shown = [
-        comparison_section(run, arms, differences),
-        prediction_section(run, arms, truth),
-        class_section(run, arms),
-        reconstruction_section(run),
-        pretraining_section(run),
-        detector_section(run, arms),
-        stage_section(run, record),
+def data_section(inputs: PageInputs) -> page.Section:
+    """Describe images, labels and machine."""
+    table = page.Table(["", ""], [[name, text] for name, text in inputs.facts.items()])
+    return page.Section("Data", "", [table])
+
+
+def next_section(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> page.Section:
+    """Show what can be done with the results."""
+    wanted: dict[str, list[str]] = {}
+    if arms and arms[-1].results and inputs.val:
+        weights, val = str(run.path / arms[-1].folder), inputs.val
+        wanted["Find objects in other images"] = ["predict.py", "--weights", weights, "IMAGES", "--output", "found"]
+        wanted["Evaluate on other labels"] = [
+            *("train_net.py", "--config-file", f"{weights}/config.yaml", "--eval-only"),
+            *("--val-json", str(run.path / val.json_path), "--val-images", str(run.path / val.images)),
+            *(f"MODEL.WEIGHTS={weights}", "OUTPUT_DIR=evaluation"),
+        ]
+        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx"]
+    wanted["Convert the pretrained encoder"] = [
+        *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm")
     ]
-    return page.Report("CrossMAE demo: digits in photos", LEAD, facts(arms, record), shown, environment())
+    return page.Section("What next", "", [sections.commands(wanted)])
+
+
+def build_report(
+    run: RunFolder,
+    inputs: PageInputs,
+    arms: Sequence[Arm],
+    truth: dict[str, Any] | None,
+    differences: Mapping[str, ApDifference],
+) -> page.Report:
+    """Build the page from the files in the folder of a run."""
+    record = run.read(STAGES, Stages.read, Stages())
+    detection = [
+        comparison_section(run, inputs, arms, differences),
+        prediction_section(run, inputs, arms, truth),
+        class_section(run, arms),
+    ]
+    shown = [
+        *(detection if arms else []),
+        reconstruction_section(run),
+        pretraining_section(run, inputs),
+        *([detector_section(run, arms)] if arms else []),
+        *([data_section(inputs)] if inputs.facts else []),
+        next_section(run, inputs, arms),
+        stage_section(run, inputs, record),
+    ]
+    lead = inputs.lead or (LEAD if arms else PRETRAINED_ONLY)
+    return page.Report(inputs.title, lead, facts(arms, record), shown, environment())
 
 
 def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str:
-    """Format the comparison for a terminal."""
+    """Format the results for a terminal."""
+    if not arms:
+        return "No labels, so no detector was trained. The page has reconstructions and curves.\n"
     lines = ["COCO average precision on held-out images, in percent, one seed each", ""]
     lines.append(f"{'':<18}{''.join(f'{key:>11}' for key in HEADLINES)}")
     for arm in arms:
         cells = ("-" if value is None else f"{value:.1f}" for value in headlines(arm.results))
         lines.append(f"{arm.start:<18}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join([*lines, "", *textwrap.wrap(verdict(differences), 110)]) + "\n"
+    text = verdict(differences) if len(arms) > 1 else ONE_RUN
+    return "\n".join([*lines, "", *textwrap.wrap(text, 110)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the demo's folder, such as outputs/demo")
+    parser.add_argument("folder", type=Path, help="output folder of tools/run.py or the demo, such as outputs/run")
     run = RunFolder(parser.parse_args(argv).folder)
     if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such folder. Run the demo first: python tools/demo/run.py")
-    arms, truth = read_arms(run), run.read(ANNOTATIONS, read_coco, None)
-    differences = ap_differences(run, arms, truth)
+        raise UserError(f"{run.path}: no such folder. Run tools/run.py first.")
+    inputs = PipelineRecord.read(run.path / INPUTS).page
+    arms = read_arms(run, inputs)
+    truth = run.read(inputs.annotations, read_coco, None) if arms else None
+    differences = ap_differences(run, inputs, arms, truth)
     target = run.path / "report.html"
-    build_report(run, arms, truth, differences).write(target)
+    build_report(run, inputs, arms, truth, differences).write(target)
     write_text(run.path / "summary.txt", summary(arms, differences))
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 

@@ -1,4 +1,4 @@
-"""The demo's page shows what the stages wrote, names what is missing, and what is broken."""
+"""The page of a run and of the demo shows what the stages wrote, names what is missing, and what is broken."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from pycocotools import mask as coco_mask
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
+
 from crossmae.errors import UserError
+from crossmae.experiments.stages import RECORDS
 from crossmae.experiments.worth.grid import ARMS
 from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table
 from crossmae.reports.run_folder import RunFolder
 from det.data.coco import read_coco
 from det.evaluation.resampling import ApDifference
-from tools.demo import report
-from tools.demo.report import COUNT, STAGES, Stages, main, read_arms
-from tools.demo.run import RECORDS, demo_stages
+from tools import report
+from tools.demo.run import PAGE, demo_stages
+from tools.report import COUNT, INPUTS, STAGES, PageInputs, PipelineRecord, Stages, main, read_arms
 from tools.worth import build_parser
 
+DEMO = PageInputs.model_validate(PAGE)
 IMAGES = COUNT + 2
 DETECTORS = ("detect-random", "detect-own")
 
@@ -74,6 +77,7 @@ def folder(tmp_path: Path) -> Path:
         {"name": "report", "command": "python tools/b.py", **done, "status": "started", "seconds": 0.0},
     ]
     write(tmp_path / "stages.json", {"stages": stages})
+    write(tmp_path / INPUTS, {"page": PAGE})
     return tmp_path
 
 
@@ -103,8 +107,9 @@ def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
 def sections(folder: Path) -> dict[str, Section]:
     """The sections of the page by title."""
     run = RunFolder(folder)
-    arms, truth = read_arms(run), run.read(report.ANNOTATIONS, read_coco, None)
-    found = report.build_report(run, arms, truth, report.ap_differences(run, arms, truth)).sections
+    inputs = PipelineRecord.read(folder / INPUTS).page
+    arms, truth = read_arms(run, inputs), run.read(inputs.annotations, read_coco, None)
+    found = report.build_report(run, inputs, arms, truth, report.ap_differences(run, inputs, arms, truth)).sections
     return {section.title: section for section in found}
 
 
@@ -164,13 +169,13 @@ def test_verdict_follows_from_the_intervals_and_never_claims_a_gain(
 
 
 def test_the_page_tells_if_no_setting_differs(folder: Path):
-    arms = read_arms(RunFolder(folder))
+    arms = read_arms(RunFolder(folder), DEMO)
     assert "SOLVER.LAYER_DECAY" in report.differing_settings(arms)
     shutil.copy(folder / DETECTORS[0] / "run.json", folder / DETECTORS[1])
-    same = report.differing_settings(read_arms(RunFolder(folder)))
+    same = report.differing_settings(read_arms(RunFolder(folder), DEMO))
     assert same == "All settings are the same. Only the first weights of the encoder differ. "
     (folder / DETECTORS[1] / "run.json").unlink()
-    assert report.differing_settings(read_arms(RunFolder(folder))) == ""
+    assert report.differing_settings(read_arms(RunFolder(folder), DEMO)) == ""
 
 
 @pytest.mark.parametrize("arm", DETECTORS)
@@ -210,13 +215,14 @@ def test_curves_and_tables(folder: Path):
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
-    table = report.stage_section(RunFolder(folder), Stages.read(folder / STAGES)).blocks[0]
+    table = report.stage_section(RunFolder(folder), DEMO, Stages.read(folder / STAGES)).blocks[0]
     assert isinstance(table, Table)
     assert [row[1] for row in table.rows] == ["1 min 01 s", "this page"]
     assert list(table.footer) == ["all", "1 min 01 s", "3.00 GiB"]
 
 
 def test_empty_folder_names_every_missing_file(tmp_path: Path):
+    write(tmp_path / INPUTS, {"page": PAGE})
     main([str(tmp_path)])
     missing = {str(block.path) for block in missing_blocks(tmp_path)}
     assert missing == {
@@ -240,7 +246,7 @@ def missing_blocks(folder: Path) -> list[Missing]:
 
 def test_log_without_the_values_is_named(folder: Path):
     lines(folder / "pretrain/log.jsonl", [{"step": 1}])
-    blocks = report.pretraining_section(RunFolder(folder)).blocks
+    blocks = report.pretraining_section(RunFolder(folder), DEMO).blocks
     assert [type(block) for block in blocks] == [Missing] * 2
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from crossmae.data.images import decode_image
-from crossmae.data.pixel_stats import check_usable, measure
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import ImageFiles
 from crossmae.errors import UserError
+from crossmae.pretraining.pixel_stats import check_usable, measure
 from tests.crossmae.data.sources.source_files import write_tree
 
 

@@ -1,0 +1,427 @@
+"""The flow of the pipeline: look, split, measure, plan, pretrain, detect, report.
+
+Everything that is decided lands in pipeline.json of the output folder. So the same command continues after an
+interruption, and tools/report.py can write the page again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from crossmae import __version__
+from crossmae.data.sources.source import Source, evenly_spaced
+from crossmae.errors import UserError, counted
+from crossmae.experiments.commands import count_cores, describe_machine
+from crossmae.experiments.pipeline.inputs import (
+    ImageFacts,
+    describe_crops,
+    labelled_paths,
+    look_at_images,
+    open_files,
+    write_list,
+    write_object_crops,
+)
+from crossmae.experiments.pipeline.plan import (
+    FEWEST_DETECT_EPOCHS,
+    PRETRAIN_SHARE,
+    TimePlan,
+    Timing,
+    describe_plan,
+    detect_steps_left,
+    is_too_short,
+    make_plan,
+    planned_stages,
+)
+from crossmae.experiments.pipeline.trainings import (
+    LAPTOP,
+    ONE_GPU,
+    LabelledSplit,
+    Recipe,
+    Trainings,
+    choose_size,
+    images_per_step,
+    settings_of_weights,
+    smaller_size,
+    time_detection,
+    time_pretraining,
+)
+from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
+from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
+from crossmae.files.claim import claim
+from crossmae.training.config import resolve_config_path
+
+log = logging.getLogger(__name__)
+
+RECORD, PAGE = "pipeline.json", "report.html"
+HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
+OWN, RANDOM = "detect-own", "detect-random"  # stages
+# Key in the log of pretraining, words, factor, and 1 if larger is better.
+FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
+STARTS = {RANDOM: "random weights", OWN: "own pretraining"}  # what the detectors start from
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of the user.
+
+    Attributes:
+        images: images to pretrain on. labels: labels in any format; None: no detector.
+        budget: seconds for everything.
+        weights: where pretraining starts; None: random weights.
+        pretrain_share: percent of the training time for pretraining.
+        val_share: share of the labelled images that are held out, if the labels have no split of their own.
+        compare: train the same detector from random weights, too.
+        size: longest side of the images that the detector sees; None: chosen by the images and the budget.
+    """
+
+    images: Path
+    labels: Path | None
+    output: Path
+    budget: float
+    weights: Path | None = None
+    pretrain_share: float = PRETRAIN_SHARE
+    val_share: float = 0.2
+    compare: bool = False
+    size: int | None = None
+    seed: int = 0
+    pretrain_settings: tuple[str, ...] = ()
+    detect_settings: tuple[str, ...] = ()
+
+    @property
+    def stage_count(self) -> int:
+        """Number of stages."""
+        return 2 if self.labels is None else 4 + 2 * self.compare
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the stages that train detectors, in their order."""
+        return [] if self.labels is None else [RANDOM, OWN] if self.compare else [OWN]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything that was measured and decided before the first training.
+
+    Attributes:
+        batch: images of a step of pretraining.
+        size: longest side of the images that the detector sees, in pixels.
+        detect_timing: None: no detector.
+        facts: images, labels and machine in words, by heading.
+        detect_steps: steps of a detector, decided when pretraining has ended; None: not yet.
+    """
+
+    plan: TimePlan
+    trainings: Trainings
+    batch: int
+    size: int
+    detect_timing: Timing | None
+    facts: dict[str, str]
+    detect_steps: int | None = None
+
+
+_DECISION, _REQUEST = TypeAdapter(Decision), TypeAdapter(Request)
+
+
+def run_pipeline(request: Request, *, dry_run: bool = False, fresh: bool = False) -> None:
+    """Run the unfinished stages of a request.
+
+    Args:
+        dry_run: stop after the plan.
+        fresh: decide and run everything again.
+
+    Raises:
+        UserError: inputs do not fit, the budget is too short, a stage failed, or the folder holds another request.
+    """
+    with claim(request.output, "pipeline", "--output"):
+        check_request(request, fresh=fresh)
+        stages = list_stages(request, time.monotonic(), dry_run=dry_run)
+        run_stages(stages, request.output, total=request.stage_count, fresh=fresh)
+
+
+def check_request(request: Request, *, fresh: bool = False) -> None:
+    """Compare a request with the request of the folder, and record it.
+
+    Raises UserError if they differ.
+    """
+    path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
+    for key in ("labels", "weights"):
+        if (file := getattr(request, key)) and file.is_file():
+            ours[f"digest of {key}"] = sha256(file)
+    known = read_json(path).get("request") if path.is_file() and not fresh else None
+    if known is None:
+        write_json(path, {"request": ours})
+        return
+    for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
+        if known.get(key) != ours[key]:
+            shown = "" if "digest" in key else f": {known.get(key)}"
+            raise UserError(
+                f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
+                "command of that run, name another folder, or add --fresh."
+            )
+
+
+def list_stages(request: Request, started: float, *, dry_run: bool = False) -> Iterator[Stage]:
+    """Yield the stages, each when it can be decided.
+
+    Args:
+        started: time of `time.monotonic` at the start of the command.
+    """
+    output = request.output
+    if request.labels is not None:
+        yield split_stage(request)
+    record = read_json(output / RECORD)
+    if "decision" in record:
+        decision = _DECISION.validate_python(record["decision"])
+    else:
+        decision = decide(request, started)
+        keep(request, decision)
+    print_plan(decision)
+    if dry_run:
+        return
+    yield pretrain_stage(request, decision)
+    print_features(output / "pretrain" / "log.jsonl")
+    if decision.plan.detect:
+        if request.compare:
+            yield start_stage(request, decision)
+        if decision.detect_steps is None:
+            decision = replace(decision, detect_steps=choose_detect_steps(request, decision))
+            keep(request, decision)
+        for name in request.detectors:
+            yield detect_stage(request, decision, name)
+    yield report_stage(output)
+
+
+def keep(request: Request, decision: Decision) -> None:
+    """Record a decision, and what the page needs."""
+    path, trainings = request.output / RECORD, decision.trainings
+    page: dict[str, Any] = {
+        "title": f"{'A detector for' if request.labels else 'Pretraining on'} {request.images.name}",
+        "facts": decision.facts,
+        "plan": [stage._asdict() for stage in planned_stages(decision.plan, sizes_in_words(decision))],
+        "arms": {name: STARTS[name] for name in ([RANDOM, OWN] if request.compare else [OWN])}
+        if request.labels
+        else {},
+    }
+    for split in ("train", "val"):
+        if part := getattr(trainings, split):
+            page[split] = {"json": str(part.json), "images": str(part.images)}
+    decided = _DECISION.dump_python(decision, mode="json")
+    write_json(path, read_json(path) | {"decision": decided, "page": page})
+
+
+def decide(request: Request, started: float) -> Decision:
+    """Look at the inputs, measure this machine, and plan.
+
+    Args:
+        started: time of `time.monotonic` at the start of the command.
+    """
+    source = open_files(request.images, "IMAGES")
+    images = look_at_images(source, "IMAGES")
+    recipe, machine = choose_recipe()
+    facts = {"Images": images.describe(), "Machine": machine}
+    trainings = prepare_inputs(request, recipe, source, images)
+    for key, text in facts.items():
+        print(f"{key.lower()}: {text}", flush=True)
+    if trainings.train and trainings.val:
+        facts |= describe_labels(request, trainings)
+    count = len((request.output / "pretrain.txt").read_text("utf-8").splitlines())
+    batch = images_per_step(recipe, count, trainings.pretrain_settings)
+    print("measuring the speed of this machine: about a minute", flush=True)
+    pretrain = (count, time_pretraining(trainings, batch, count))
+    size = request.size or choose_size(recipe, images.long_side[1])
+
+    def plan_for(size: int) -> tuple[TimePlan, Timing | None]:
+        timing = time_detection(trainings, size) if trainings.train else None
+        detect = (trainings.train.count, timing) if trainings.train and timing else None
+        spent = time.monotonic() - started
+        share, detectors = request.pretrain_share, len(request.detectors)
+        plan = make_plan(
+            request.budget, spent, pretrain=pretrain, detect=detect, detectors=detectors, pretrain_share=share
+        )
+        return plan, timing
+
+    plan, timing = plan_for(size)
+    while request.size is None and plan.detect and timing and is_too_short(plan.detect, timing):
+        smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS)
+        if smaller is None:
+            break
+        size = smaller
+        plan, timing = plan_for(size)
+    if plan.pretrain and plan.pretrain.images < count:
+        write_list(open_files(trainings.pretrain_list, "IMAGES"), (), plan.pretrain.images, trainings.pretrain_list)
+    return Decision(plan, trainings, batch, size, timing, facts)
+
+
+def choose_recipe() -> tuple[Recipe, str]:
+    """Choose the recipe for this machine, and describe the machine."""
+    found = describe_machine()
+    gpu = found["gpu"]
+    cores = counted(count_cores(), "core")
+    return (ONE_GPU if gpu else LAPTOP), f"{found['processor']}, {cores}, {gpu or 'no GPU'}"
+
+
+def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: ImageFacts) -> Trainings:
+    """Write the lists of images and the crops of objects."""
+    output = request.output
+    train = val = objects = None
+    held_out: list[str] = []
+    has_masks = False
+    if request.labels is not None:
+        train, val = read_split(output / "data")
+        held_out = labelled_paths(val.json, val.images)
+        has_masks = all(one.get("segmentation") for part in (train, val) for one in read_json(part.json)["annotations"])
+        crops = {
+            part: write_object_crops(one.json, one.images, part, output / "objects")
+            for part, one in (("train", train), ("val", val))
+        }
+        objects = output / "objects" if all(crops.values()) else None
+    else:
+        chosen = evenly_spaced(len(source), min(HELD_OUT, len(source) // HELD_OUT_EVERY))
+        held_out = [source.name(index) for index in chosen]
+    write_list(source, held_out, None, output / "pretrain.txt")
+    if held_out:
+        write_text(output / "held-out.txt", "".join(f"{Path(name).resolve()}\n" for name in held_out))
+    fitting: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if request.weights:
+        fitting = settings_of_weights(request.weights, recipe)
+    return Trainings(
+        recipe=recipe,
+        output=output,
+        pretrain_list=output / "pretrain.txt",
+        val_list=output / "held-out.txt" if held_out else None,
+        objects=objects,
+        train=train,
+        val=val,
+        has_masks=has_masks,
+        has_broken=bool(images.broken),
+        weights=request.weights,
+        seed=request.seed,
+        pretrain_settings=(*fitting[0], *request.pretrain_settings),
+        detect_settings=(*fitting[1], *request.detect_settings),
+    )
+
+
+def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
+    """Read what tools/split_labels.py wrote."""
+    folders = read_json(folder / "split.json")["images"]
+    if lacking := [name for name in ("train", "val") if name not in folders]:
+        raise UserError(
+            f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
+            "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
+        )
+    parts = []
+    for name in ("train", "val"):
+        path = folder / f"{name}.json"
+        parts.append(LabelledSplit(path, Path(folders[name]), len(read_json(path)["images"])))
+    return parts[0], parts[1]
+
+
+def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
+    """Describe labels and object crops in words, by heading, and print them."""
+    assert trainings.train is not None
+    assert trainings.val is not None
+    about = read_json(request.output / "data" / "split.json")
+    contents = [read_json(part.json) for part in (trainings.train, trainings.val)]
+    objects = sum(len(content["annotations"]) for content in contents)
+    classes = [one["name"] for one in contents[0]["categories"]]
+    facts = {
+        "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(classes), 'class')} "
+        f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
+        f"for training, {trainings.val.count:,} for validation",
+    }
+    if trainings.objects:
+        numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}
+        facts["Check of features"] = f"nearest neighbours among crops of {describe_crops(numbers)}"
+    for key, text in facts.items():
+        print(f"{key.lower()}: {text}", flush=True)
+    return facts
+
+
+def sizes_in_words(decision: Decision) -> list[str]:
+    """Describe what pretraining and detection see."""
+    config = decision.trainings.recipe.config(decision.trainings.pretrain_settings)
+    heads = "Mask R-CNN" if decision.trainings.has_masks else "Faster R-CNN"
+    return [
+        f"{config.model.name} on crops of {config.model.img_size} pixels, {decision.batch} images a step",
+        f"{heads} on images of {decision.size} pixels, {decision.trainings.detect_batch} images a step",
+    ]
+
+
+def print_plan(decision: Decision) -> None:
+    """Print the plan."""
+    print(f"plan:\n{describe_plan(decision.plan, sizes_in_words(decision))}")
+    print("stop any time with Ctrl-C; the same command continues", flush=True)
+
+
+def split_stage(request: Request) -> Stage:
+    """Build the stage that reads and splits the labels."""
+    folder = request.output / "data"
+    named = (str(request.labels), "--images", str(request.images), "--output", str(folder))
+    words = (*named, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
+    return Stage(
+        "split", "Read the labels, and hold out images for validation", "tools/split_labels.py", words, ("data",)
+    )
+
+
+def pretrain_stage(request: Request, decision: Decision) -> Stage:
+    """Build the stage of pretraining."""
+    trainings, length = decision.trainings, decision.plan.pretrain
+    assert length is not None
+    words = (*trainings.pretrain_words(length, decision.batch, request.output / "pretrain"), RESUME)
+    title = "Continue pretraining from your weights" if request.weights else "Pretrain CrossMAE, without labels"
+    config = resolve_config_path(trainings.recipe.pretrain)
+    return Stage("pretrain", title, "tools/pretrain.py", words, ("pretrain",), config)
+
+
+def start_stage(request: Request, decision: Decision) -> Stage:
+    """Build the stage that writes the random weights of the comparison."""
+    words = decision.trainings.start_words(decision.batch, request.output / "start")
+    title = "Write the random weights that pretraining starts from"
+    config = resolve_config_path(decision.trainings.recipe.pretrain)
+    return Stage("start", title, "tools/pretrain.py", words, ("start",), config)
+
+
+def detect_stage(request: Request, decision: Decision, name: str) -> Stage:
+    """Build the stage of a detector."""
+    weights = request.output / ("start" if name == RANDOM else "pretrain")
+    steps = decision.detect_steps
+    assert steps is not None
+    words = (*decision.trainings.detect_words(steps, decision.size, weights, request.output / name), RESUME)
+    title = f"Train a detector from {STARTS[name]}, and evaluate it on held-out images"
+    config = resolve_config_path(decision.trainings.recipe.detect)
+    return Stage(name, title, "tools/train_net.py", words, (name,), config)
+
+
+def report_stage(output: Path) -> Stage:
+    """Build the stage of the page."""
+    return Stage("report", "Put it all on one page", "tools/report.py", (str(output),), (PAGE, "summary.txt"))
+
+
+def choose_detect_steps(request: Request, decision: Decision) -> int:
+    """Choose the steps of a detector by the time that is left."""
+    assert decision.detect_timing is not None
+    assert decision.trainings.train is not None
+    records = {one["name"]: one["seconds"] for one in read_json(request.output / RECORDS)["stages"]}
+    spent = decision.plan.spent + sum(records.get(name, 0.0) for name in ("pretrain", "start"))
+    return detect_steps_left(decision.plan, spent, decision.detect_timing, decision.trainings.train.count)
+
+
+def print_features(log_path: Path) -> None:
+    """Print whether features improved in pretraining."""
+    rows = read_json_lines(log_path)
+    for key, name, unit, better in FEATURE_CHECKS:
+        values = [unit * row[key] for row in rows if key in row]
+        if len(values) > 1:
+            improved = better * (values[-1] - values[0]) > 0
+            verdict = "improved" if improved else "did not improve"
+            advice = "" if improved else ". Give a longer --budget, more images, or --weights"
+            print(
+                f"features {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{advice}", flush=True
+            )
