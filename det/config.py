@@ -35,6 +35,7 @@ from det.detectron2_keys import (
     CascadeKeys,
     ClippingKeys,
     ConfigKeys,
+    CropKeys,
     MaskHeadKeys,
     MoreThan0,
     NotNegative,
@@ -96,7 +97,7 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
 
 
 class _Model(ConfigKeys):
-    DEVICE: str = Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    DEVICE: str = Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="cpu, cuda, cuda:N or mps")
     MASK_ON: bool
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
@@ -124,12 +125,6 @@ class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.0717
     PROB: ZeroToOne = 0.5
 
 
-class _Crop(ConfigKeys):
-    ENABLED: bool
-    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
-    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
-
-
 class InputKeys(ConfigKeys):
     """`INPUT`: reading and augmentation of images."""
 
@@ -145,7 +140,7 @@ class InputKeys(ConfigKeys):
     MAX_SIZE_TEST: AtLeast1
     MAX_PIXELS: AtLeast1 = MAX_PIXELS  # largest image that is read, as width * height
     RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
-    CROP: _Crop
+    CROP: CropKeys
     LSJ: _Jitter
     COPY_PASTE: _CopyPaste
 
@@ -354,6 +349,8 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     """
     import torch  # slow import
 
+    from crossmae.training.devices import check_mps
+
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
@@ -365,8 +362,9 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     _, _, index = device.partition(":")
     if index and int(index) >= count:
         raise UserError(f"MODEL.DEVICE: there is no {device}. The last GPU is cuda:{count - 1}.")
-    if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
+    check_mps(device, "MODEL.DEVICE")
+    if device in ("cpu", "mps") and cfg.SOLVER.AMP.ENABLED:
+        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for CUDA GPUs")
         cfg.SOLVER.AMP.ENABLED = False
 
 

@@ -48,6 +48,14 @@ class AnchorKeys(ConfigKeys):
     OFFSET: Rate
 
 
+class CropKeys(ConfigKeys):
+    """`INPUT.CROP`."""
+
+    ENABLED: bool
+    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
+    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
+
+
 class ProposalKeys(ConfigKeys):
     """`MODEL.PROPOSAL_GENERATOR`."""
 

@@ -27,7 +27,7 @@ PLACES = {"output_dir", "OUTPUT_DIR"}  # settings that differ in every run
 
 
 class Quantity(NamedTuple):
-    """A logged number: title, factor and format for the page, and 1 if larger is better, -1 if smaller, 0 if neither."""
+    """A logged number: title, factor and format for the page. `better` is 1 if larger is better, -1 if smaller."""
 
     title: str
     factor: float = 1.0
