@@ -32,7 +32,7 @@ def first_line(pointer: Path) -> str:
 
 
 def hub_advice(path: Path) -> str:
-    """Return the command that gets a model of a hub, "" for other paths."""
+    """Return the command that gets a hub's model, or ""."""
     name = path.as_posix()
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name) or path.parent.exists():
         return ""
