@@ -190,6 +190,7 @@ class SolverKeys(ConfigKeys):
     REFERENCE_WORLD_SIZE: int = Field(ge=0, le=0, description="0: automatic scaling would change the batch unseen")
     MAX_ITER: AtLeast1
     EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER is used
+    SHORTEN_TO: NotNegative = 0.0  # with --resume: end after so many epochs in all, the rates compressed; 0: as planned
     LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
     STEPS: Steps
     DECAY_AT: Shares = ()  # instead of STEPS: fractions of the run after which GAMMA lowers the rate

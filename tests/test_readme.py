@@ -181,3 +181,12 @@ def test_every_file_that_the_docs_name_exists() -> None:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:crossmae|det|tools|configs|tests|docs)/[\w./-]*\w)`", text):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_config_that_the_docs_name_exists() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(
+            r"(?:--config-file |`)((?:pretrain/|finetune/)\w+\.yaml|\w+_mask_rcnn\w*\.yaml)\b", text
+        ):
+            assert (ROOT / "configs" / name).exists(), f"{page.name}: {name}"

@@ -14,6 +14,7 @@ from crossmae.errors import UserError, named_by
 from det.config import CONFIG, load_det_config
 
 COCO_FILE = "predictions.json"
+LABEL_FORMATS = {"yolo": ".txt", "labelme": ".json"}  # of other tools: the suffix of their files
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ _FREE = (
     "SOLVER.AMP.",
     "SOLVER.CHECKPOINT",
     "SOLVER.MAX_ITER",
+    "SOLVER.SHORTEN_TO",
 )
 
 

@@ -23,7 +23,7 @@ from crossmae.training import loop
 from crossmae.training.config import RunSettings
 from crossmae.training.devices import open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.resume import is_complete
+from crossmae.training.resume import is_complete, shorten_schedule
 from det.backbone.record import detector_metadata, training_metadata
 from det.backbone.weights import build_detector, build_trained, load_weights
 from det.classes import Classes, classes_of, pair_categories, registered_classes, remember_classes, without_spare
@@ -104,7 +104,9 @@ def build_job(
     check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     classes = registered_classes(cfg.DATASETS.TRAIN[0])
     check_evaluated(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
+    start = find_checkpoint(folder, resume)
     schedule = resolve_schedule(solver, keys.TEST, len(samples), ranks.world_size)
+    schedule = shorten_schedule(schedule, start, solver.SHORTEN_TO or None, "SOLVER.SHORTEN_TO")
     log.info("%s", describe_schedule(schedule, solver, len(samples), depth))
     open_loader = partial(
         build_train_loader,
@@ -120,7 +122,6 @@ def build_job(
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     model = build_detector(cfg)
     remember_classes(model, classes)
-    start = find_checkpoint(folder, resume)
     settings = shared_settings(dict(flatten(cfg)), len(samples), ranks.world_size)
     fingerprint = {key: json.dumps(value) for key, value in settings.items()}
     complete = is_complete(start, schedule.last_step, fingerprint, FINAL, "OUTPUT_DIR")

@@ -356,6 +356,14 @@ class TestEveryRecipe:
             assert f" / {cfg.SOLVER.IMS_PER_BATCH} = " in text
 
 
+def test_the_laptop_config_has_the_form_of_the_recipes() -> None:
+    """Its cost is the time on a CPU, so it has no arithmetic for GPUs. For the rest, see test_laptop.py."""
+    path, form = CONFIG_ROOT / "laptop_mask_rcnn.yaml", TestEveryRecipe()
+    form.test_it_repeats_nothing_of_its_base(path)
+    form.test_its_keys_are_in_the_order_of_the_base(path)
+    form.test_every_setting_that_its_comments_name_exists(path)
+
+
 def test_vit_h_decays_norms_and_positions_as_published() -> None:
     solver = build(CONFIG_ROOT / "coco_mask_rcnn_vith.yaml")[0].SOLVER
     assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY_POS == solver.WEIGHT_DECAY == 0.1

@@ -53,8 +53,8 @@ class ImageFacts:
         sides = f"{low} pixels" if low == high else f"{low} to {high} pixels, half of them up to {middle}"
         broken = f"{counted(len(self.broken), 'image')} broken" if self.broken else "none broken"
         kinds = " and ".join(f"{number:,} {name}" for name, number in self.formats.items())
-        seen = "" if self.looked_at == self.count else f" (of {self.looked_at:,} looked at)"
-        head = f"{counted(self.count, 'image')}: {kinds}{seen}"
+        seen = "" if self.looked_at == self.count else f" among {self.looked_at:,} looked at"
+        head = f"{counted(self.count, 'image')} ({kinds}{seen})"
         return f"{head}; modes {', '.join(self.modes)}; longer side {sides}; {broken}"
 
 
@@ -214,4 +214,4 @@ def _crop(image: Image.Image, box: Box) -> Image.Image:
 
 def describe_crops(numbers: Mapping[str, int]) -> str:
     """Count the crops by class in words."""
-    return shorten([f"{number:,} {name}" for name, number in sorted(numbers.items())], 10)
+    return shorten([f"{number:,} of {name}" for name, number in sorted(numbers.items())], 10)

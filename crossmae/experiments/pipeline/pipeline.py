@@ -47,6 +47,7 @@ from crossmae.experiments.pipeline.trainings import (
     Trainings,
     choose_size,
     images_per_step,
+    settings_of_weights,
     smaller_size,
     time_detection,
     time_pretraining,
@@ -152,15 +153,18 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
     for key in ("labels", "weights"):
         if (file := getattr(request, key)) and file.is_file():
-            ours[f"content of {key}"] = sha256(file)
+            ours[f"digest of {key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
     if known is None:
         write_json(path, {"request": ours})
-    elif changed := sorted(key for key in ours if known.get(key) != ours[key]):
-        raise UserError(
-            f"--output: {request.output} holds a run with another {changed[0].replace('_', ' ')}: "
-            f"{known.get(changed[0])}. Repeat the command of that run, name another folder, or add --fresh."
-        )
+        return
+    for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
+        if known.get(key) != ours[key]:
+            shown = "" if "digest" in key else f": {known.get(key)}"
+            raise UserError(
+                f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
+                "command of that run, name another folder, or add --fresh."
+            )
 
 
 def list_stages(request: Request, started: float, *, dry_run: bool = False) -> Iterator[Stage]:
@@ -228,7 +232,7 @@ def decide(request: Request, started: float) -> Decision:
     if trainings.train and trainings.val:
         facts |= describe_labels(request, trainings)
     count = len((request.output / "pretrain.txt").read_text("utf-8").splitlines())
-    batch = images_per_step(recipe, count, request.pretrain_settings)
+    batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring the speed of this machine: about a minute", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
     size = request.size or choose_size(recipe, images.long_side[1])
@@ -284,6 +288,9 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
     write_list(source, held_out, None, output / "pretrain.txt")
     if held_out:
         write_text(output / "held-out.txt", "".join(f"{Path(name).resolve()}\n" for name in held_out))
+    fitting: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if request.weights:
+        fitting = settings_of_weights(request.weights, recipe)
     return Trainings(
         recipe=recipe,
         output=output,
@@ -296,14 +303,19 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
         has_broken=bool(images.broken),
         weights=request.weights,
         seed=request.seed,
-        pretrain_settings=request.pretrain_settings,
-        detect_settings=request.detect_settings,
+        pretrain_settings=(*fitting[0], *request.pretrain_settings),
+        detect_settings=(*fitting[1], *request.detect_settings),
     )
 
 
 def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
     """Read what tools/split_labels.py wrote."""
     folders = read_json(folder / "split.json")["images"]
+    if lacking := [name for name in ("train", "val") if name not in folders]:
+        raise UserError(
+            f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
+            "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
+        )
     parts = []
     for name in ("train", "val"):
         path = folder / f"{name}.json"

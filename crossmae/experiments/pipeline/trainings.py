@@ -19,8 +19,15 @@ from crossmae.pretraining.config import PretrainConfig, load_config
 START_SECONDS = 10.0  # of a training program, about, on an idle core
 MOST_TIMED_IMAGES = 64  # validation images of a short run
 EVALUATIONS = 4  # during pretraining
+CONTINUED_LR = "optim.lr=1.5e-4"  # of pretrain/continue.yaml: a higher rate forgets more of the weights
 # Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
-NAMES = {192: "tiny_patch16", 384: "small_patch16", 768: "base_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
+MODEL_NAMES = {
+    192: "tiny_patch16",
+    384: "small_patch16",
+    768: "base_patch16",
+    1024: "large_patch16",
+    1280: "huge_patch14",
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,9 @@ class Trainings:
 
 
 def settings_of_weights(path: Path, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the settings of pretraining, and of the detector, that fit the encoder of a weight file.
+    """Return the settings that fit the encoder of a weight file.
+
+    The first are settings of pretraining, the second of the detector.
 
     Patches and positions need no settings, because they are resampled.
 
@@ -164,14 +173,14 @@ def settings_of_weights(path: Path, recipe: Recipe) -> tuple[tuple[str, ...], tu
     recorded = recorded_arguments(weights.metadata)
     decoder = {key: value for key, value in recorded.items() if key.startswith("decoder_") and value is not None}
     pretrain = (
-        f"model.name=crossmae_vit_{NAMES.get(sizes['embed_dim'], NAMES[768])}",
+        f"model.name=crossmae_vit_{MODEL_NAMES.get(sizes['embed_dim'], MODEL_NAMES[768])}",
         *(f"model.{key}={value}" for key, value in (sizes | decoder).items()),
     )
     detect = tuple(f"MODEL.VIT.{key.upper()}={value}" for key, value in sizes.items())
     if recipe.has_windows:
         last_of_quarters = [round(number * sizes["depth"] / 4) - 1 for number in (1, 2, 3, 4)]  # as in ViTDet
         detect = (*detect, f"MODEL.VIT.GLOBAL_BLOCKS={last_of_quarters}")
-    return pretrain, detect
+    return (*pretrain, CONTINUED_LR), detect
 
 
 def images_per_step(recipe: Recipe, images: int, settings: Sequence[str] = ()) -> int:

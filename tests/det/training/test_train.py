@@ -150,9 +150,11 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog):
-    """And keeps the newest checkpoints, the best weights by mask AP, and evaluates the average."""
+def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog, monkeypatch):
+    """And keeps the newest checkpoints, the best weights by mask AP, evaluates the average, and estimates its time."""
     caplog.set_level("INFO")
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_STEPS", 1)
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_SECONDS", 0.0)
     words = [
         "SOLVER.EMA.ENABLED=True",
         "SOLVER.ACCUMULATE=2",
@@ -167,6 +169,7 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
     whole = final_state(run).tensors  # the average
     assert any(not torch.equal(trained[name], value) for name, value in whole.items())
     assert "4 steps of 2 images in 2 parts: 1.6 epochs of 5 images; learning rate 0.001" in caplog.text
+    assert re.search(r"for the remaining 2 steps and 1 evaluation on .*\); stop any time with Ctrl-C", caplog.text)
 
     record = json.loads((run / "model_best.json").read_text())
     results = [row for row in rows(run) if "segm/AP" in row]
@@ -254,6 +257,33 @@ def test_a_complete_run_is_not_run_again(tmp_path, command, caplog):
     main([*command, "SOLVER.MAX_ITER=3", "--resume"])
     assert final_state(run).metadata["step"] == "3"
     assert "2 steps of 2 images" in (run / "log.txt").read_text()  # logged before there is a folder
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_is_shortened_and_continues_exactly(tmp_path, command, caplog):
+    """4 steps of 2 of 5 images end after 3, which are 1.2 epochs; a rate that was to fall falls earlier."""
+    caplog.set_level("INFO")
+    run, other = tmp_path / "out", tmp_path / "other"
+    words = [*command[:-1], "SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0", "SOLVER.STEPS=(3,)"]
+    main([*words, f"OUTPUT_DIR={run}"])
+    planned = [row["lr"] for row in rows(run) if "lr" in row]
+    interrupt(run, 1)
+    with pytest.raises(UserError, match=r"^SOLVER.SHORTEN_TO: 0.4 would end the run at step 1, but it has done 1 of"):
+        main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=0.4", "--resume"])
+    main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=1.2", "--resume"])
+    assert "SOLVER.SHORTEN_TO: the run ends after step 3, not 4. From step 1 on" in caplog.text
+    assert "3 steps of 2 images: 1.2 epochs of 5 images" in (run / "log.txt").read_text()
+    assert final_state(run)["iteration"] == 3
+    # Steps 0, 1 and 2 have the rates of 0, 1 and 2.5.
+    assert [row["lr"] for row in rows(run) if "lr" in row] == [planned[0], planned[1], planned[2]]
+    shutil.copytree(run, other)
+    interrupt(other, 2)
+    main([*words, f"OUTPUT_DIR={other}", "--resume"])
+    assert_same_end(run, other)
+    assert rows(run) == rows(other)
+    interrupt(other, 2)
+    with pytest.raises(UserError, match=r"a run of 4 steps that was shortened, and the settings are for 9\. Repeat"):
+        main([*words, f"OUTPUT_DIR={other}", "SOLVER.MAX_ITER=9", "--resume"])
 
 
 @pytest.mark.usefixtures("no_pictures")

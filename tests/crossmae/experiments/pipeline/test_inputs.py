@@ -88,7 +88,7 @@ def test_what_is_seen_of_the_images(labels: tuple[Path, Path]):
     assert (facts.count, facts.formats, facts.modes) == (26, {"PNG": 24, "JPEG": 1}, {"RGB": 24, "L": 1})
     assert facts.long_side == (96, 96, 300)
     assert [one.message.split("/")[-1].split(":")[0] for one in facts.broken] == ["cut.jpg"]
-    assert "26 images: 24 PNG and 1 JPEG; modes RGB, L; longer side 96 to 300 pixels" in facts.describe()
+    assert "26 images (24 PNG and 1 JPEG); modes RGB, L; longer side 96 to 300 pixels" in facts.describe()
     assert facts.describe().endswith("1 image broken")
 
 

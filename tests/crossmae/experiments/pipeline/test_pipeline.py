@@ -1,0 +1,179 @@
+"""The flow of `crossmae run`: what is decided once stays, held-out images stay out, and another request is refused.
+
+Trainings are not run here: their measured speed is given, and their files are written by the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossmae.errors import UserError
+from crossmae.experiments.pipeline import pipeline
+from crossmae.experiments.pipeline.pipeline import OWN, RANDOM, RECORD, Request, check_request, list_stages
+from crossmae.experiments.pipeline.plan import Timing
+from crossmae.experiments.stages import RECORDS, Stage
+from crossmae.files import read_json
+
+SIDE, COUNT = 48, 40
+
+
+@pytest.fixture
+def request_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """Labelled images, and measured seconds of a step without a training."""
+    rng, content = np.random.default_rng(0), {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "images").mkdir()
+    for number in range(COUNT):
+        Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / f"images/{number}.png")
+        content["images"].append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": SIDE})
+        box = [5, 5, 16, 12]
+        corners = [5, 5, 21, 5, 21, 17, 5, 17]
+        annotation = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": box, "segmentation": [corners]}
+        content["annotations"].append(annotation | {"area": 192, "iscrowd": 0})
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    monkeypatch.setattr(pipeline, "time_pretraining", lambda *_: Timing(10.0, 0.5, 8))
+    monkeypatch.setattr(pipeline, "time_detection", lambda _, size: Timing(10.0, size / 256, 8))
+    return Request(tmp_path / "images", tmp_path / "labels.json", tmp_path / "out", 900.0)
+
+
+def run(stages: Iterator[Stage], output: Path) -> list[Stage]:
+    """Run the split, and write what trainings would have written."""
+    found, records = [], []
+    for stage in stages:
+        found.append(stage)
+        if stage.name == "split":
+            subprocess.run(stage.arguments, check=True, capture_output=True)
+        for name in stage.outputs:
+            (output / name).mkdir(exist_ok=True)
+        if stage.name == "pretrain":
+            rows = [{"step": 0, "knn_accuracy": 0.3}, {"step": 9, "knn_accuracy": 0.4}]
+            (output / "pretrain" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records.append({"name": stage.name, "seconds": 100.0})
+        (output / RECORDS).write_text(json.dumps({"stages": records}))
+    return found
+
+
+def start(request: Request) -> list[Stage]:
+    request.output.mkdir(exist_ok=True)
+    check_request(request)
+    return run(list_stages(request, 0.0), request.output)
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the data takes 60 seconds."""
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: 60.0)
+
+
+def test_the_stages_in_order_and_the_held_out_images_stay_out(
+    request_of: Request, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = start(request_of)
+    output = request_of.output
+    assert [stage.name for stage in stages] == ["split", "pretrain", OWN, "report"]
+    assert request_of.stage_count == len(stages)
+    train, val = (read_json(output / f"data/{name}.json") for name in ("train", "val"))
+    names = [{image["file_name"] for image in part["images"]} for part in (train, val)]
+    assert (len(names[0]), len(names[1])) == (32, 8)
+    pretrained = {Path(line).name for line in (output / "pretrain.txt").read_text().splitlines()}
+    assert pretrained == names[0]
+    assert {Path(line).name for line in (output / "held-out.txt").read_text().splitlines()} == names[1]
+    assert "features improved: nearest neighbours (%) 30 at step 0, 40 at the end" in capsys.readouterr().out
+    page = read_json(output / RECORD)["page"]
+    assert page["arms"] == {OWN: "own pretraining"}
+    assert page["val"]["json"] == str(output / "data/val.json")
+
+
+def test_the_detector_gets_the_time_that_is_left(request_of: Request) -> None:
+    words = {stage.name: stage.words for stage in start(request_of)}[OWN]
+    # 900 s: 60 for the look, 100 for pretraining, 20 for the page, 10 for start and evaluation; 128 pixels: 0.5 s.
+    planned = read_json(request_of.output / RECORD)["decision"]["plan"]["detect"]["steps"]
+    steps = int(next(word for word in words if word.startswith("SOLVER.MAX_ITER=")).partition("=")[2])
+    assert steps == min(int((900 - 60 - 100 - 20 - 10) / 0.5), planned * 3 // 2, 400)
+
+
+def test_a_decision_is_made_once(request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start(request_of)
+    for name in ("time_pretraining", "time_detection", "look_at_images"):
+        monkeypatch.setattr(pipeline, name, None)
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: 10**6)
+    again = start(request_of)
+    assert [stage.fingerprint for stage in again] == [stage.fingerprint for stage in first]
+
+
+def test_a_dry_run_stops_after_the_plan_and_the_real_run_uses_it(
+    request_of: Request, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request_of.output.mkdir()
+    check_request(request_of)
+    stages = run(list_stages(request_of, 0.0, dry_run=True), request_of.output)
+    assert [stage.name for stage in stages] == ["split"]
+    plan = capsys.readouterr().out.partition("plan:\n")[2]
+    assert [line.split()[0] for line in plan.splitlines()[:5]] == ["done", "pretrain", OWN, "report", "all"]
+    start(request_of)
+    assert plan.splitlines()[:5] == capsys.readouterr().out.partition("plan:\n")[2].splitlines()[:5]
+
+
+@pytest.mark.parametrize("change", ["budget", "labels", "digest of labels", "seed", "detect_settings"])
+def test_another_request_in_the_same_folder_is_refused(request_of: Request, change: str, tmp_path: Path) -> None:
+    start(request_of)
+    other = request_of
+    if change == "digest of labels":
+        path = tmp_path / "labels.json"
+        path.write_text(path.read_text().replace('"a"', '"b"'))
+    elif change == "labels":
+        (tmp_path / "other.json").write_text("{}")
+        other = replace(request_of, labels=tmp_path / "other.json")
+    else:
+        other = replace(request_of, **{change: {"budget": 901.0, "seed": 1, "detect_settings": ("A=1",)}[change]})
+    with pytest.raises(UserError, match=rf"^--output: .* holds a run with another {change.replace('_', ' ')}[:.]"):
+        check_request(other)
+    check_request(other, fresh=True)
+    assert "decision" not in read_json(request_of.output / RECORD)
+
+
+def test_a_comparison_has_the_same_detector_from_the_random_weights_of_pretraining(request_of: Request) -> None:
+    request = replace(request_of, compare=True)
+    stages = {stage.name: stage for stage in start(request)}
+    assert list(stages) == ["split", "pretrain", "start", RANDOM, OWN, "report"]
+    assert request.stage_count == len(stages)
+    random, own = (set(stages[name].words) for name in (RANDOM, OWN))
+    out = request.output
+    assert random - own == {f"MODEL.WEIGHTS={out / 'start'}", f"OUTPUT_DIR={out / RANDOM}"}
+    assert own - random == {f"MODEL.WEIGHTS={out / 'pretrain'}", f"OUTPUT_DIR={out / OWN}"}
+
+
+def test_a_slow_machine_gets_smaller_images(request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "choose_size", lambda *_: 512)
+    monkeypatch.setattr(pipeline, "time_detection", lambda _, size: Timing(10.0, 40 * (size / 512) ** 2, 8))
+    start(request_of)
+    decision = read_json(request_of.output / RECORD)["decision"]
+    assert decision["size"] < 512
+    assert decision["plan"]["detect"]["epochs"] >= 8
+
+
+def test_without_labels_there_is_only_pretraining(request_of: Request) -> None:
+    request = replace(request_of, labels=None)
+    stages = start(request)
+    assert [stage.name for stage in stages] == ["pretrain", "report"]
+    held_out = (request.output / "held-out.txt").read_text().splitlines()
+    pretrained = (request.output / "pretrain.txt").read_text().splitlines()
+    assert len(held_out) == COUNT // 20
+    assert len(pretrained) == COUNT - len(held_out)
+    assert not set(held_out) & set(pretrained)
+
+
+def test_masks_are_left_out_if_an_object_has_none(request_of: Request, tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "labels.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    words = {stage.name: stage.words for stage in start(request_of)}[OWN]
+    assert "MODEL.MASK_ON=False" in words
