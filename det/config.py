@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +21,7 @@ from pydantic.fields import FieldInfo
 from yacs.config import CfgNode
 
 import det
+from crossmae.checkpoints.metadata import recorded_config, safetensors_metadata
 from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
@@ -46,6 +46,7 @@ from det.detectron2_keys import (
     Shares,
     Steps,
     ZeroToOne,
+    detectron2_defaults,
 )
 
 log = logging.getLogger(__name__)
@@ -261,10 +262,14 @@ def _is_section(field: FieldInfo) -> bool:
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Read and check a detection config.
 
-    `name` is a path, or a name under configs/. `overrides` are `KEY VALUE` and `KEY=VALUE` words, in any mix, whose
-    values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
-    is not YAML, a key is unknown, or a value has a wrong type or is out of range.
+    `name` is a path, a name under configs/, or a detector's safetensors file. `overrides` are `KEY VALUE` and
+    `KEY=VALUE` words, in any mix, whose values are Python literals or plain text. Raises UserError, which names file
+    and key, if the file does not exist or is not YAML, a key is unknown, or a value has a wrong type or range.
     """
+    if Path(name).suffix == ".safetensors":
+        if not (values := recorded_config(safetensors_metadata(Path(name)))):
+            raise UserError(f"{name}: records no config. Name the config of its training.")
+        return build_det_config([(name, values)], overrides)
     trees = list(_read_with_base(resolve_config_path(name)))
     for path, tree in trees:
         check_tool(find_tool(tree), DETECT, path)
@@ -299,21 +304,6 @@ def build_det_config(sources: Sequence[tuple[str, dict[str, Any]]], overrides: S
     checked = DetectronConfig(cfg)
     choose_device(checked, asked="MODEL.DEVICE" in given)
     return checked
-
-
-def detectron2_defaults() -> CfgNode:
-    """Read detectron2's default settings from its file, without importing detectron2.
-
-    The import would take seconds before the first error in a setting. As a module of `det`, the file finds the CfgNode
-    that it imports in this module.
-    """
-    (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
-    spec = spec_from_file_location("det.detectron2_defaults", Path(folder, "config", "defaults.py"))
-    assert spec is not None  # the file exists
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._C
 
 
 def set_image_size(cfg: CfgNode, size: int) -> None:
