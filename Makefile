@@ -1,11 +1,17 @@
-# One command each: `make demo`, `make test`. PYTHON chooses the interpreter that .venv is made with.
+# One command each: `make demo`, `make test`. PYTHON chooses the interpreter that .venv is made with, and PINS the
+# versions of the libraries: `make test PINS=newest` has an environment of its own, .venv-newest.
 
 PYTHON ?= python3
-VENV := .venv
+# The name of a file: requirements-tested.txt, requirements-newest.txt or requirements-oldest.txt.
+PINS ?= tested
+CONSTRAINTS := requirements-$(PINS).txt
+VENV := $(if $(filter tested,$(PINS)),.venv,.venv-$(PINS))
 BIN := $(VENV)/bin
 # Written last: while it is newer than its prerequisites, nothing is installed again.
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+$(if $(wildcard $(CONSTRAINTS)),,$(error PINS=$(PINS): there is no $(CONSTRAINTS). Choose one of $(patsubst requirements-%.txt,%,$(wildcard requirements-*.txt))))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint types study doctor clean-demo clean
@@ -13,6 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@echo "  with PINS=newest or PINS=oldest: the same with other versions of the libraries, in .venv-newest or .venv-oldest"
 
 venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 	@echo "$(VENV) is ready"
@@ -20,7 +27,8 @@ venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 demo: $(STAMP)  ## real images -> pretrain -> detect, with and without it -> outputs/demo/report.html
 	@$(BIN)/python tools/demo/run.py
 
-test: lint types  ## lint, types and every test, in as many processes as there are cores, 4 at most
+# The checkers follow the tested versions: the types of libraries differ between their versions.
+test: $(if $(filter tested,$(PINS)),lint types) $(STAMP)  ## lint, types and every test, in as many processes as there are cores, 4 at most
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## ruff: rules and format
@@ -39,21 +47,21 @@ doctor:  ## versions, devices, missing libraries, and the command that mends eac
 clean-demo:  ## remove the demo's output, its data included
 	rm -rf outputs/demo
 
-clean:  ## remove .venv and the caches; outputs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove every .venv and the caches; outputs/ stays
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find crossmae det tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.10, 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), expected 3.10, 3.11 or 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python of 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), expected 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "[1/3] create $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # One call of pip: one resolution, and torch is fetched while nothing else waits for it.
-$(STAMP): setup.py pyproject.toml requirements-tested.txt tools/install_detectron2.py | $(BIN)/python
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS) tools/install_detectron2.py | $(BIN)/python
 	@echo "[2/3] install torch and the other requirements: 2 to 3 minutes, 6 GB"
-	@$(PIP) install $$([ -t 1 ] || echo -qq) --constraint requirements-tested.txt --editable ".[det,data,video,export,hf,demo,dev]"
+	@$(PIP) install $$([ -t 1 ] || echo -qq) --constraint $(CONSTRAINTS) --editable ".[det,data,video,export,hf,demo,dev]"
 	@echo "[3/3] install detectron2: half a minute"
 	@$(BIN)/python tools/install_detectron2.py
 	@touch $@

@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Classifier": "crossmae.classification.classifier",
     "CrossMAE": "crossmae.models.crossmae",
     "CrossMAEOutput": "crossmae.models.crossmae",
     "ViTEncoder": "crossmae.models.encoder",

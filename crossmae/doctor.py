@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 
-if not (3, 10) <= sys.version_info < (3, 13):  # checked before imports that fail in an older Python
+if sys.version_info < (3, 10):  # noqa: UP036 - before imports that fail in an older Python
     raise SystemExit(
-        f"python {sys.version.split()[0]} ({sys.executable}) is not supported: expected 3.10, 3.11 or 3.12. "
-        "Set up another one: make clean && make venv PYTHON=python3.11"
+        f"python {sys.version.split()[0]} ({sys.executable}) is not supported: expected 3.10 or newer. "
+        "Set up another one: make clean && make venv PYTHON=python3.12"
     )
 
 import argparse
@@ -185,7 +185,7 @@ def library_row(requirement: str) -> ReportLine:
 
 
 def library_name(requirement: str) -> str:
-    """Return the name in a requirement: "torch" for "torch>=2.6,<2.12"."""
+    """Return the name in a requirement: "torch" for "torch>=2.8,<3"."""
     return re.split(r"[<>=\[]", requirement)[0]
 
 
@@ -221,7 +221,7 @@ def _compiled_row() -> ReportLine:
     if try_import("detectron2._C"):
         return ReportLine("compiled operators", "present")
     value = "absent: no rotated boxes, no deformable convolution; nothing here uses them"
-    return ReportLine("compiled operators", value, f"{install_detectron2()} --from git")
+    return ReportLine("compiled operators", value, f"{install_detectron2()} --compile")
 
 
 def _cpu_row() -> ReportLine:

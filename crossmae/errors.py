@@ -251,6 +251,18 @@ def shorten(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     return separator.join(names[:most]) + more
 
 
+def rough_time(seconds: float) -> str:
+    """Format an estimated time, such as "55 min" or "3.1 days"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{round(seconds)} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds / 86400:.1f} days"
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Format a count with its noun: "1 image", "1,600 images", "2 classes"."""
     several = plural or noun + ("es" if noun.endswith("s") else "s")

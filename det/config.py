@@ -189,6 +189,7 @@ class SolverKeys(ConfigKeys):
     REFERENCE_WORLD_SIZE: int = Field(ge=0, le=0, description="0: automatic scaling would change the batch unseen")
     MAX_ITER: AtLeast1
     EPOCHS: NotNegative = 0.0  # passes over the training images, instead of MAX_ITER; 0: MAX_ITER is used
+    SHORTEN_TO: NotNegative = 0.0  # with --resume: end after so many epochs in all, the rates compressed; 0: as planned
     LR_SCHEDULER_NAME: Literal["WarmupMultiStepLR", "WarmupCosineLR"]
     STEPS: Steps
     DECAY_AT: Shares = ()  # instead of STEPS: fractions of the run after which GAMMA lowers the rate
@@ -269,11 +270,22 @@ def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
     is not YAML, a key is unknown, or a value has a wrong type or is out of range.
     """
+    trees = list(_read_with_base(resolve_config_path(name)))
+    for path, tree in trees:
+        check_tool(find_tool(tree), DETECT, path)
+    return build_det_config([(str(path), dict(flatten(tree))) for path, tree in trees], overrides)
+
+
+def build_det_config(sources: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str] = ()) -> CfgNode:
+    """Build and check a detection config.
+
+    `sources` are values by dotted key with the name of their file; later values replace earlier ones. `overrides` and
+    errors are those of `load_det_config`.
+    """
     cfg = detectron2_defaults()
     add_crossmae_config(cfg)
-    for path, tree in _read_with_base(resolve_config_path(name)):
-        check_tool(find_tool(tree), DETECT, path)
-        _merge(cfg, dict(flatten(tree)), str(path))
+    for source, values in sources:
+        _merge(cfg, values, source)
     given = dict(split_overrides(overrides))
     for by_steps, by_epochs in BY_EPOCHS.items():
         if by_steps in given and by_epochs in given:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 # Text at the start of the warning, its category, and the module that it is attributed to.
 KNOWN: tuple[tuple[str, type[Warning], str], ...] = (
-    ("`torch.jit.script` is deprecated", DeprecationWarning, r"torch\.jit"),
+    # The category and the words differ between versions of torch, and of Python.
+    ("`torch.jit.script` is (deprecated|not supported)", Warning, r"torch\.jit"),
     ("torch.meshgrid: in an upcoming release", UserWarning, r"torch\.functional"),
     ("The given NumPy array is not writable", UserWarning, r"(detectron2|det)\."),
     ("__array__ implementation doesn't accept a copy keyword", DeprecationWarning, r"pycocotools\."),

@@ -1,13 +1,18 @@
-"""The option --slow, and skipped tests: a run ends with their list by reason, and a skip without a reason fails."""
+"""The option --slow, the start of processes, and skipped tests.
+
+A run ends with a list of the skipped tests by reason, and a skip without a reason fails.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 
 NO_REASON = ("", "unconditional skip")  # pytest's words for a skip and a mark without a reason
 SHOWN = 3  # tests of one reason
@@ -23,6 +28,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def start_method() -> Iterator[Callable[[str], None]]:
+    """A function that chooses how new processes start: by "fork" or "spawn"."""
+    before = torch.multiprocessing.get_start_method(allow_none=True)
+    yield partial(torch.multiprocessing.set_start_method, force=True)
+    torch.multiprocessing.set_start_method(before, force=True)
 
 
 def _reason(report: Any) -> str | None:

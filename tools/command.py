@@ -3,17 +3,23 @@
     crossmae pretrain --config-file pretrain/small.yaml data.train=IMAGES output_dir=OUT
     crossmae detect --help
 
-`crossmae NAME` has the arguments, messages and exit codes of the file.
+`crossmae NAME` has the arguments, messages and exit codes of the file. In bash and zsh, Tab completes subcommands,
+options and names of configs after this line:
+
+    eval "$(register-python-argcomplete crossmae)"
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import crossmae
 from crossmae.errors import COMMANDS, UserError, advise, name_commands, run_cli
@@ -28,6 +34,8 @@ NO_DETECTRON2 = "det needs detectron2"  # start of the message of det/__init__.p
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that the first word names."""
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell, which asks for the words that may follow
+        complete(os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])])
     words = list(sys.argv[1:] if argv is None else argv)
     run_cli(lambda: run_command(words))
 
@@ -65,6 +73,41 @@ def load(name: str) -> ModuleType:
     module = importlib.import_module(".".join([PACKAGE if top == "tools" else top, *inner]))
     module.__doc__ = name_commands(module.__doc__ or "")
     return module
+
+
+def complete(line: str) -> None:
+    """Print how the last word of a line can end, and exit."""
+    import argcomplete
+
+    _, *words = f"{line}|".split()
+    if len(words) > 1 and words[0] in COMMANDS:
+        os.environ["_ARGCOMPLETE"] = "2"  # the subcommand takes the place of the program
+        # Every tool builds its parser in its main function, and parses next.
+        argparse.ArgumentParser.parse_args = _complete_options  # type: ignore[assignment, method-assign]
+        argparse.ArgumentParser.parse_intermixed_args = _complete_options  # type: ignore[assignment, method-assign]
+        load(words[0]).main()
+    parser = argparse.ArgumentParser("crossmae")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("command", choices=list(COMMANDS))
+    argcomplete.autocomplete(parser)
+
+
+def _complete_options(parser: argparse.ArgumentParser, *_: Any) -> None:
+    import argcomplete
+
+    for action in parser._actions:
+        if action.dest == "config_file":
+            action.completer = _complete_config  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    from crossmae.training.config import CONFIG_ROOT
+
+    names = [path.relative_to(CONFIG_ROOT).as_posix() for path in CONFIG_ROOT.rglob("*.yaml")]
+    return [name for name in names if name.startswith(prefix)] + list(FilesCompleter(["yaml"])(prefix))
 
 
 def missing_library(name: str, error: ImportError) -> str:

@@ -7,6 +7,7 @@
 INPUT is any number of images, videos, folders (what is in them and in their subfolders) and quoted patterns. Words
 like MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output:
     NAME.png, NAME.mp4     images and videos with their objects; small images are enlarged, videos have no sound
+    labels/                with --save-labels, a file per image for a labelling tool or for training; not for videos
     predictions.json       COCO annotations with scores, masks as RLE; the frames of a video are images with "frame" and
                            "time" in seconds
 Objects with a score above --score-threshold are drawn and listed. Files that cannot be read are skipped. They are
@@ -21,7 +22,7 @@ import re
 from pathlib import Path
 
 from crossmae.errors import UserError, counted, exit_if_any, named_by, printable, run_cli
-from det.inference.arguments import COCO_FILE, add_detector_arguments, read_config
+from det.inference.arguments import COCO_FILE, LABEL_FORMATS, add_detector_arguments, read_config
 from det.training.console import set_up_console
 
 FEW = 0.1  # objects per image; fewer may come from the threshold
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--no-masks", action="store_true", help="boxes only")
     parser.add_argument("--no-pictures", action="store_true", help=f"write {COCO_FILE} only")
+    parser.add_argument("--save-labels", choices=list(LABEL_FORMATS), help="also write labels of this format")
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier call wrote")
     return parser
 
@@ -65,17 +67,22 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the arguments, because these imports take seconds.
     import torch
 
+    from det.inference.label_files import LABEL_FOLDER, LabelWriter, label_paths
     from det.inference.ordered_threads import host_threads
-    from det.inference.predict import Predictor, find_classes
+    from det.inference.predict import Predictor, find_classes, threshold_below
     from det.inference.predict_files import FilePredictions, check_output, find_media
+    from det.inference.video import is_video
 
     root, media = find_media(inputs)
-    check_output(args.output, media, inputs, args.force)
+    names = [one.name for one in media if not is_video(one.name)]
+    labels = label_paths(args.save_labels, args.output / LABEL_FOLDER, names) if args.save_labels else {}
+    check_output(args.output, media, inputs, args.force, list(labels.values()))
     with named_by("--weights", args.weights):
         predictor = Predictor(config, args.weights, masks=not args.no_masks)
     classes = find_classes(predictor, args.classes)
     threads = host_threads(predictor.model.device)
-    job = FilePredictions(predictor, classes, args.output, args.batch_size, not args.no_pictures, threads)
+    writer = LabelWriter(args.save_labels, labels, root, classes) if args.save_labels else None
+    job = FilePredictions(predictor, classes, args.output, args.batch_size, not args.no_pictures, threads, writer)
     info = {"image_folder": str(root), "weights": str(predictor.weights), "score_threshold": predictor.score_threshold}
     try:
         job.write(media, info)
@@ -86,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{counted(job.objects, 'object')} in {counted(job.images, 'image')}: {printable(args.output / COCO_FILE)}")
     if job.images and job.objects < FEW * job.images:
         highest, number = job.highest_score(media)
-        seen = f"the highest score in {counted(number, 'file')} is {highest:.2g}"
-        print(f"few objects: {seen}. Lower --score-threshold, which is {predictor.score_threshold:g}, to see more.")
+        seen = f"the best score in {counted(number, 'file')} is {highest:.2g}"
+        first = "few objects" if job.objects else f"nothing above {predictor.score_threshold:g}"
+        lower = threshold_below(min(highest, predictor.score_threshold))
+        print(f"{first}: {seen}. To see more: --score-threshold {lower:g}")
     exit_if_any(job.failures, f"of {counted(len(media), 'file')}, these could not be read or written:")
 
 

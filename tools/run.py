@@ -83,6 +83,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if path is not None and not path.exists():
             name = "IMAGES" if flag == "images" else f"--{flag}"
             raise UserError(f"{name}: {path} does not exist. Correct the path.")
+    if arguments.labels is not None and not arguments.images.is_dir():
+        raise UserError(f"IMAGES: {arguments.images} is no folder. With --labels, name the folder of the images.")
     ranges = {"val": (0, 0.9), "pretrain_share": (0, 100), "size": (31, 4097), "seed": (-1, 2**32)}
     for flag, (low, high) in ranges.items():
         value = getattr(arguments, flag)

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from yacs.config import CfgNode
 
+from crossmae.checkpoints.metadata import safetensors_metadata
 from crossmae.errors import UserError, counted, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
 from crossmae.models.class_names import pair_names, start_notes
+from det.backbone.record import weights_file
 from det.classes import recorded_classes
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data
@@ -89,9 +91,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare_with_start(weights: str, names: Sequence[str]) -> None:
     """Log how the classes differ from a detector that training starts from."""
-    from det.backbone.weights import find_detector
-
-    if weights and (recorded := recorded_classes(find_detector(Path(weights)), {})) is not None:
+    file = weights_file(Path(weights)) if weights else None
+    if file and (recorded := recorded_classes(file, safetensors_metadata(file))) is not None:
         for note in start_notes(pair_names(names, recorded.names)):
             log.warning("MODEL.WEIGHTS: %s: %s", weights, note)
 

@@ -9,8 +9,9 @@
     python tools/worth.py IMAGES LABELS --plan --fine-tune-set optim.lr=2e-4          # a setting of the classifier
 
 IMAGES are unlabelled images: any source on this machine that tools/pretrain.py reads. If validation images are among
-them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, for a detector, or a
-folder per class, for a classifier. The same model is fine-tuned with the same number of steps from each start:
+them, pretraining sees them without their labels, and the page says so. LABELS are a COCO json, or labels of YOLO,
+Pascal VOC, LabelMe or CVAT, for a detector. For a classifier, they are a folder per class. The same model is fine-tuned
+with the same number of steps from each start:
 
     random_pretraining_init   random weights, exactly as pretraining starts
     random_same_rates         the same, with the learning rates of pretrained weights
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", type=Path, metavar="IMAGES", help="images to pretrain on; labels are not used")
-    add("labels", type=Path, metavar="LABELS", help="a COCO json, or a folder per class")
+    add("labels", type=Path, metavar="LABELS", help="labels of objects, or a folder per class")
     add("--label-images", type=Path, metavar="DIR", help="images that LABELS names (default: near LABELS, or IMAGES)")
     add("--val-labels", type=Path, metavar="FILE", help=VAL_HELP)
     add("--val-images", type=Path, metavar="DIR", help="images that --val-labels names")

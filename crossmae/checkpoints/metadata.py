@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 
 from crossmae.errors import UserError
 from crossmae.files import load_json
@@ -30,6 +31,10 @@ ACTIVATION = "activation"  # "gelu", the only one of this toolkit; recorded wher
 NORM_EPS_OF_PLAIN = 1e-6  # epsilon in timm, the published files, detectron2's ViTDet and this toolkit
 CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
 VERSION, STEP = "version", "step"
+DETECTOR_CONFIG = "config"  # JSON: config of a detector, without paths
+TRAINING = "training"  # JSON: data, recipe and figures of the run, see `formats.training_record`
+STARTED_FROM = "started_from"  # name of the file or folder of the initial weights, or RANDOM_WEIGHTS
+RANDOM_WEIGHTS = "random weights"
 UNKNOWN = "unknown"  # value in a converted file whose source did not record the value
 # Key of the metadata in .pth and .pkl files of this toolkit, next to the tensors.
 PICKLED_METADATA = "crossmae_metadata"
@@ -149,6 +154,20 @@ def _unlike(key: str, text: str, expected: str) -> UserError:
 def marked(names: Iterable[str]) -> dict[str, str]:
     """Build the metadata that mark facts as assumed."""
     return {ASSUMED: json.dumps(sorted(names))}
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file, {} for any other file.
+
+    Nothing is checked, because whoever reads the tensors checks the digest. torch is not imported.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except MemoryError:
+        raise
+    except Exception:  # `reading.files` explains files that cannot be read
+        return {}
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

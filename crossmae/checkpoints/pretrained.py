@@ -9,28 +9,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import crossmae
 from crossmae.checkpoints.formats.facts import (
     SET_OPTION,
     Facts,
     ModelFact,
+    assumed,
     assumed_lines,
     encoder_facts,
     other_heads,
     with_given,
     with_marks,
 )
+from crossmae.checkpoints.formats.model_folder import save_folder, source_metadata
 from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
     ACTIVATION,
     ASSUMED,
     BIT_DEPTH,
+    FORMAT,
     MODEL_ARGUMENTS,
     NORM_EPS,
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
     UNKNOWN,
+    VERSION,
     assumed_names,
     marked,
     recorded_arguments,
@@ -41,7 +46,7 @@ from crossmae.checkpoints.weights import Weights, encoder_tensors, read_weights
 from crossmae.errors import UserError
 from crossmae.files import load_json, load_yaml
 from crossmae.models.crossmae import MODEL_DEFAULTS, CrossMAE
-from crossmae.models.sizes import SIZES
+from crossmae.models.sizes import OFF_BY_DEFAULT, SIZES
 
 
 def _numbers(value: Any) -> bool:
@@ -68,6 +73,7 @@ class Pretrained:
         mean, std: statistics of each channel, for pixels in 0-1.
         bit_depth: 8 or 16, see `crossmae.data.images`.
         assumed: one line for each value that neither the file nor the shapes show, with the option that sets it.
+        metadata: of the file, completed by the licence, the source and the run, see `source_metadata`.
     """
 
     path: Path
@@ -76,6 +82,7 @@ class Pretrained:
     std: tuple[float, ...]
     bit_depth: int
     assumed: tuple[str, ...]
+    metadata: dict[str, str]
 
 
 def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) -> Pretrained:
@@ -105,7 +112,25 @@ def load_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     mean, std = _pixel_statistics(weights, model.in_chans)
     bit_depth = recorded_bit_depth(weights.metadata)
     lines = assumed_lines(facts | pixel_facts(weights, model.in_chans), SET_OPTION)
-    return Pretrained(weights.path, model.eval(), mean, std, bit_depth, tuple(lines))
+    metadata = source_metadata(weights) | (marked(names) if (names := assumed(facts).keys()) else {})
+    return Pretrained(weights.path, model.eval(), mean, std, bit_depth, tuple(lines), metadata)
+
+
+def load_model(path: str | Path) -> CrossMAE:
+    """Load a pretraining model, which keeps the metadata of its file.
+
+    Raises the errors of `load_pretrained`.
+    """
+    found = load_pretrained(path)
+    found.model.metadata = found.metadata
+    return found.model
+
+
+def save_model(model: CrossMAE, folder: str | Path, **options: Any) -> Path:
+    """Save a pretraining model as a folder, see `save_folder` for the options."""
+    arguments = {key: value for key, value in model.arguments.items() if OFF_BY_DEFAULT.get(key) != value}
+    about = {FORMAT: "crossmae", MODEL_ARGUMENTS: json.dumps(arguments), VERSION: crossmae.__version__}
+    return save_folder(folder, model.state_dict(), model.metadata | about, **options)
 
 
 def arguments_of(weights: Weights, given: Mapping[str, Any]) -> tuple[dict[str, Any], Facts]:

@@ -12,9 +12,13 @@ from safetensors import safe_open
 from crossmae import __version__
 from crossmae.checkpoints.metadata import (
     ASSUMED,
+    DETECTOR_CONFIG,
     PIXEL_MEAN,
     PIXEL_STD,
     PUBLISHED_ARGUMENTS,
+    RANDOM_WEIGHTS,
+    STARTED_FROM,
+    TRAINING,
     UNKNOWN,
     VERSION,
     marked,
@@ -30,11 +34,14 @@ NON_COMMERCIAL = (
     "and converted weights keep that licence."
 )
 STATED = "The source says: {licence}. Converted weights keep the licence of their source."
+SAID = "The author says: {licence}."  # of weights of this toolkit, when they are saved to share
 UNSTATED = (
     "The source does not state its licence. Converted weights keep the licence of their source. "
     "The published CrossMAE and MAE weights are CC BY-NC 4.0 (non-commercial)."
 )
-_MODEL_CARD = "README.md"
+CARD = "README.md"
+NON_COMMERCIAL_TAG = "cc-by-nc-4.0"
+_STATED_TAG = re.compile(r"The (?:source|author) says: ([\w+-]+(?:\.[\w+-]+)*)\.")
 _CARD_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
 
@@ -49,12 +56,23 @@ def licence_notice(weights: Weights) -> str | None:
         return weights.metadata[LICENCE]
     if VERSION in weights.metadata or weights.format == "detector":  # detectors of this toolkit have no note either
         return None
-    card = _text(weights.path.with_name(_MODEL_CARD))[:4096]
+    card = _text(weights.path.with_name(CARD))[:4096]
     tag = _CARD_LICENCE.search(card.split("---")[1]) if card.startswith("---") else None
     masked = weights.format in ("crossmae", "mae", "linear_probe") or PUBLISHED_ARGUMENTS in weights.metadata
     if not masked and '"vit_mae"' not in _text(weights.path.with_name(HUB_CONFIG)):
         return STATED.format(licence=tag[1]) if tag else UNSTATED
     return f"{STATED.format(licence=tag[1])} {NON_COMMERCIAL}" if tag else NON_COMMERCIAL
+
+
+def licence_tag(note: str) -> str:
+    """Return the tag of the licence in a note, "" if unknown.
+
+    Model hubs use such tags.
+    """
+    if NON_COMMERCIAL in note:
+        return NON_COMMERCIAL_TAG
+    stated = _STATED_TAG.match(note)
+    return stated[1] if stated else ""
 
 
 def provenance(weights: Weights) -> dict[str, str]:
@@ -71,25 +89,30 @@ def provenance(weights: Weights) -> dict[str, str]:
         "source_sha256": sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest(),
         "source_format": weights.format if weights.layout == "plain" else f"{weights.layout}: {weights.format}",
     }
-    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | origin | weights.metadata | source
+    kept = {key: value for key, value in weights.metadata.items() if key not in (DETECTOR_CONFIG, TRAINING)}
+    metadata = {PIXEL_MEAN: UNKNOWN, PIXEL_STD: UNKNOWN} | origin | kept | source
     metadata["converter_version"] = __version__
     notice = licence_notice(weights)
     return metadata | {LICENCE: notice} if notice else metadata
 
 
-def inherited(licence: str | None, assumed: Iterable[str] = ()) -> dict[str, str]:
+def inherited(
+    licence: str | None = None, assumed: Iterable[str] = (), started_from: str = RANDOM_WEIGHTS
+) -> dict[str, str]:
     """Build the metadata that trained weights inherit from their initial weights.
 
-    `assumed` has the names of the facts that the file of the initial weights does not tell.
+    `assumed` has the names of the facts that the file of the initial weights does not tell. `started_from` is the name
+    of this file.
     """
-    return ({LICENCE: licence} if licence else {}) | (marked(names) if (names := set(assumed)) else {})
+    notes = {LICENCE: licence} if licence else {}
+    return {STARTED_FROM: started_from} | notes | (marked(names) if (names := set(assumed)) else {})
 
 
 def recorded_inheritance(path: Path) -> dict[str, str]:
     """Read the inherited metadata of a run's checkpoint."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    return {key: metadata[key] for key in (LICENCE, ASSUMED) if key in metadata}
+    return {key: metadata[key] for key in (STARTED_FROM, LICENCE, ASSUMED) if key in metadata}
 
 
 def _text(path: Path) -> str:

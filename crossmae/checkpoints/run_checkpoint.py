@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crossmae.checkpoints.reading import MODEL_FILE
 from crossmae.errors import UserError, shorten
 from crossmae.files import (
     check_space,
@@ -44,7 +45,7 @@ from crossmae.files.leftovers import sweep
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-MODEL, STATE, RECORD, MANIFEST = "model.safetensors", "state.pt", "run.json", "manifest.json"
+MODEL, STATE, RECORD, MANIFEST = MODEL_FILE, "state.pt", "run.json", "manifest.json"
 CHECKPOINT_FILES = (MODEL, STATE, RECORD)  # of a checkpoint, next to its manifest
 SOUND_TORCH = "2.10"  # an older torch.load with weights_only=True can be made to overwrite memory
 _NAME = re.compile(r"step-(\d{8})")

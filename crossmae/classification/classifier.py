@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from torch import nn
 import crossmae
 from crossmae.checkpoints.formats.facts import MODEL_KEYS, ModelFact, assumed_lines
 from crossmae.checkpoints.formats.keys import encoder_home
+from crossmae.checkpoints.formats.model_folder import save_folder, source_metadata
 from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.loading import load
 from crossmae.checkpoints.metadata import (
@@ -74,7 +75,8 @@ class Classifier(ClassifierRecord):
     """A model in evaluation mode, with the record of its file.
 
     The model maps normalised pixels (B, C, H, W) to logits (B, N). `assumed` has a sentence for each value that neither
-    the file nor the shapes give. `names_known` is False if the classes of the file have no names.
+    the file nor the shapes give. `names_known` is False if the classes of the file have no names. `metadata` are those
+    of the file, see `source_metadata`.
     """
 
     path: Path
@@ -82,6 +84,25 @@ class Classifier(ClassifierRecord):
     architecture: Architecture
     assumed: tuple[str, ...]
     names_known: bool = True
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, img_size: int | Sequence[int] | None = None) -> Classifier:
+        """Load a classifier: a file, a run's folder, or a saved folder."""
+        return load_classifier(path, img_size)
+
+    def save_pretrained(
+        self, folder: str | Path, *, licence: str = "", base_model: str = "", force: bool = False
+    ) -> Path:
+        """Save `model.safetensors` and a model card `README.md`.
+
+        `save_folder` documents the arguments, result and errors.
+        """
+        record = ClassifierRecord(**{each.name: getattr(self, each.name) for each in fields(ClassifierRecord)})
+        step = self.metadata.get(STEP, "0")
+        about = classifier_metadata(self.architecture, record, int(step) if step.isdecimal() else 0)
+        options = {"licence": licence, "base_model": base_model}
+        return save_folder(folder, self.model.state_dict(), self.metadata | about, **options, force=force)
 
     def only(self, classes: Sequence[str]) -> Classifier:
         """Return a classifier that chooses among some of the classes only."""
@@ -144,6 +165,7 @@ def load_classifier(path: str | Path, img_size: int | Sequence[int] | None = Non
     unknown = tuple(words for key, words in sentences.items() if weights.metadata.get(key, UNKNOWN) == UNKNOWN)
     lines = (*unknown, *(assumed_lines(facts, MODEL_KEYS, "Train it again with") if ours else assumed_lines(facts)))
     found = {"path": weights.path, "model": model.eval(), "architecture": architecture, "assumed": lines}
+    found["metadata"] = source_metadata(weights)
     found["names_known"] = ours or weights.metadata.get(CLASSES, UNKNOWN) != UNKNOWN
     return Classifier(**vars(record) | {"crop_pct": crop_pct} | found)
 

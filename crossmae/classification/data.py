@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from crossmae.classification.train.augment import keyed_everywhere
 from crossmae.data.batches import KeyedImages, KeyedSample, collate_as
 from crossmae.data.broken import NEVER_REPLACED, Broken, Unreadable
+from crossmae.data.parallel import Progress
 from crossmae.data.pixels import centre_view, read_pixels
 from crossmae.data.sources import Source
 from crossmae.data.sources.labels import alike_labels, doubt_labels, unify_labels
@@ -246,7 +246,7 @@ def evaluation_batches(
     workers = usable_workers(workers) if len(indices) > batch_size else 0
     how: dict[str, Any] = {"sampler": indices, "collate_fn": collate_labelled, "pin_memory": pin_memory}
     loader = Loader(views, workers, batch_size=batch_size, **how)
-    for batch in tqdm(loader, title, leave=False, unit="batch", dynamic_ncols=True, disable=not show):
+    for batch in Progress(loader, title, leave=False, unit="batch", shown=show):
         if isinstance(batch, Unreadable):
             raise UserError(f"{key}: {batch.message}. {NEVER_REPLACED}")
         yield batch

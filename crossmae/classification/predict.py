@@ -22,12 +22,11 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from crossmae.classification import BATCH_SIZE, LABEL_THRESHOLD, STDOUT, TOP_K
 from crossmae.classification.classifier import Classifier
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
-from crossmae.data.parallel import READERS, map_in_order
+from crossmae.data.parallel import READERS, Progress, map_in_order
 from crossmae.data.paths import match_pattern, without_system_names
 from crossmae.data.pixels import Normalize, centre_view, read_pixels
 from crossmae.data.sources import LISTS, Source, open_source
@@ -190,7 +189,7 @@ def write_answers(
 
     def answers() -> Iterator[Answer]:
         found, total = predict(classifier, sources, selection, batch_size), sum(map(len, sources))
-        for answer in tqdm(found, "predict", total, unit="img", dynamic_ncols=True, disable=mixed):
+        for answer in Progress(found, "predict", total, unit="image", shown=not mixed):
             if isinstance(answer, UserError):
                 failures.append(str(answer))
             else:

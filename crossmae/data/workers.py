@@ -50,7 +50,13 @@ CAUSES = {  # of a signal's name, and of an exit code
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Block the run's signals, for example until new processes are ready."""
+    """Block the run's signals, for example until new processes are ready.
+
+    Windows cannot block signals.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -81,7 +87,8 @@ def ignore_signals() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     else:  # on macOS, torch ends a worker after any SIGTERM
         others.add(signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
 
 
 def _end_with_parent() -> None:

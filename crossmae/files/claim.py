@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import importlib
 import logging
 import os
 import socket
@@ -27,6 +27,9 @@ HEARTBEAT_SECONDS = 5.0  # the process of a claim touches the record so often
 WATCH_SECONDS = 12.0  # longest time that a claim watches the record of another machine
 SILENT_SECONDS = 60.0  # a record that was not touched for so long is not watched
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # errors of file systems without locks
+
+# Windows has neither these locks nor forks. There, the record alone decides.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 _locked_files: set[IO[bytes]] = set()
 
@@ -234,7 +237,8 @@ def _close_in_child() -> None:
     _locked_files.clear()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def lock_now(file: IO[bytes]) -> bool | None:
@@ -245,6 +249,8 @@ def lock_now(file: IO[bytes]) -> bool | None:
     Returns:
         False if another process has the lock, None if the file system has no locks.
     """
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -261,6 +267,9 @@ def lock_now(file: IO[bytes]) -> bool | None:
 @contextmanager
 def locked(file: IO[bytes]) -> Iterator[None]:
     """Wait for the lock of an open file, for a few writes."""
+    if fcntl is None:
+        yield
+        return
     fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield

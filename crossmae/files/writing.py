@@ -207,12 +207,17 @@ class JsonArray:
 
 def sync_file(path: Path) -> None:
     """Flush the content of a file to disk."""
-    with open(path, "rb") as file:
+    with open(path, "rb" if os.name == "posix" else "r+b") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the renames in a folder to disk."""
+    """Flush the renames in a folder to disk.
+
+    Windows opens no folders, and flushes renames itself.
+    """
+    if os.name != "posix":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from crossmae.models.linear import Linear
 from crossmae.models.masking import MaskCounts, check_blocks, gather_patches, gather_tokens, mask_counts, split_patches
 from crossmae.models.positions import sincos_pos_embed
 from crossmae.models.sizes import DECODERS, Decoder, model_arguments
+
+# Reads and writes the files of a model. Imported on use, because a model itself needs torch and timm only.
+_FILES = "crossmae.checkpoints.pretrained"
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class CrossMAE(ViTEncoder):
         norm_pix_loss: standardise each target patch by its mean and unbiased variance (1e-6 inside the root).
         mask_block: side in patches of the square blocks that are masked; must divide the grid. See `masking`.
         class_tokens: see `ViTEncoder`. The decoder also reads them.
+
+    Attributes:
+        arguments: arguments of the constructor by name.
+        metadata: metadata of the file that the weights come from, empty for a new model.
     """
 
     def __new__(cls, *_: Any, decoder: Decoder = "cross", **__: Any) -> CrossMAE:
@@ -101,7 +110,10 @@ class CrossMAE(ViTEncoder):
         mask_block: int = 1,
         class_tokens: int = 1,
     ) -> None:
+        given = locals()
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, class_tokens)
+        self.arguments = {name: given[name] for name in MODEL_DEFAULTS}
+        self.metadata: dict[str, str] = {}
         check_blocks(self.grid, mask_block, patch_size)
         if decoder not in DECODERS:
             raise ValueError(f"decoder {decoder!r} is unknown. Choose one of {', '.join(DECODERS)}.")
@@ -129,6 +141,27 @@ class CrossMAE(ViTEncoder):
         self.decoder_blocks = nn.ModuleList(
             CrossBlock(dim, self.embed_dim, num_heads, mlp_ratio, among) for _ in range(depth)
         )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> CrossMAE:
+        """Load a whole model: a file, a run's folder, or a saved folder.
+
+        The model is in evaluation mode. `crossmae.checkpoints.pretrained.load_pretrained` also returns the pixel
+        statistics, and has the errors.
+        """
+        model: CrossMAE = import_module(_FILES).load_model(path)
+        return model
+
+    def save_pretrained(
+        self, folder: str | Path, *, licence: str = "", base_model: str = "", force: bool = False
+    ) -> Path:
+        """Save `model.safetensors` and a model card `README.md`.
+
+        `crossmae.checkpoints.formats.model_folder.save_folder` documents the arguments, result and errors.
+        """
+        options = {"licence": licence, "base_model": base_model, "force": force}
+        saved: Path = import_module(_FILES).save_model(self, folder, **options)
+        return saved
 
     @torch.no_grad()
     def init_weights(self) -> None:

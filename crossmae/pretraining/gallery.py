@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from crossmae.checkpoints.pretrained import Pretrained
 from crossmae.data.images import IMAGE_LIMITS, ImageLimits
+from crossmae.data.parallel import Progress
 from crossmae.data.pixels import Normalize, centre_view, decode_pixels, to_unit_range
 from crossmae.errors import UserError, printable
 from crossmae.files import make_folder, read_file, write_atomically, write_json
@@ -114,14 +114,14 @@ def write_gallery(
             )
     names = output_names(paths)
     _refuse_to_overwrite(output, names, bool(gif_ratios), force)
-    for path in tqdm(paths, "read images", leave=False, unit="img"):
+    for path in Progress(paths, "read images", leave=False, unit="image"):
         load_images([path], pretrained, seed, limits)
     for folder in (output, output / GRIDS, *([output / ANIMATIONS] if gif_ratios else [])):
         make_folder(folder, "--output")
     device = model.cls_token.device
     normalize = Normalize(pretrained.mean, pretrained.std, device)
     results: list[Result] = []
-    for start in tqdm(range(0, len(paths), SHEET), "reconstruct", unit="sheet"):
+    for start in Progress(range(0, len(paths), SHEET), "reconstruct", unit="sheet"):
         own = slice(start, start + SHEET)
         pixels, noise = (tensor.to(device) for tensor in load_images(paths[own], pretrained, seed, limits))
         panels = reconstruct(model, pixels, mask_ratio, noise, normalize).cpu()

@@ -48,12 +48,14 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete, shorten_schedule
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.signals import in_main_process
 from crossmae.training.state import Diverged, Losses, TrainingState
 
 log = logging.getLogger(__name__)
+
+VALIDATION, NEIGHBOURS, PICTURES = "held-out loss", "nearest neighbours", "pictures"  # kinds of evaluations
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
@@ -85,20 +87,21 @@ def build_job(config: PretrainConfig, resume: bool, ranks: Ranks, device: torch.
         log.warning("data.crop_on=device: there is no GPU, so crops are slower than with data.crop_on=cpu")
     predict_ratio = model.scored_ratio(mask_ratio, config.model.predict_ratio)
     factor, rule = lr_factor(optim.lr_rule, mask_ratio, predict_ratio)
+    start = find_start(config.output_dir, resume, "pretraining")
     schedule = make_schedule(batches, optim, config.schedule, factor)
+    schedule = shorten_schedule(schedule, start, config.schedule.shorten_to, "schedule.shorten_to")
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size)
     fingerprint[IMAGE_NAMES] = source.digest(labelled=False)
-    start = find_start(config.output_dir, resume, "pretraining")
     complete = is_complete(start, schedule.last_step, fingerprint)
-    origin = recorded_inheritance(start / MODEL) if start else {}
+    origin = recorded_inheritance(start / MODEL) if start else inherited()
     if config.model.init and not start:
         with named_by("model.init", config.model.init):
             report = start_from(model, config.model.init, arguments, data)
         given = [key for key in config.model.model_fields_set if getattr(config.model, key) is not None]
         found = assumed(report.assumed, given=[key for key in given if key in MODEL_KEYS])
         say_assumed(found, MODEL_KEYS)
-        origin = inherited(report.licence, found)
+        origin = inherited(report.licence, found, config.model.init.name)
     # The measurements, and a check of every image.
     normalize = Normalize(data.mean, data.std, device)
     judges = build_judges(config, model, source, schedule, ranks, normalize)
@@ -205,30 +208,39 @@ class Judges(Callbacks):
             for warning in self.health.warnings(state.step / self.schedule.total_steps, loss, first):
                 log.warning(warning)
 
-    def due(self, step: int) -> tuple[bool, bool, bool]:
-        """Say whether held-out loss, neighbours and pictures are due after a step."""
+    def periods_end(self, step: int) -> tuple[bool, bool, bool]:
+        """Tell which periods end: held-out loss, neighbours, pictures.
+
+        All processes have the same answer, also if only the main process has the images.
+        """
         validate, probe = (self.schedule.ends_period(step, every) for every in (self.validate_every, self.probe_every))
         return validate, probe, step == self.schedule.last_step or step % self.draw_every == 0
 
-    def is_due(self, step: int) -> bool:
-        there = (self.held_out is not None, self.neighbours is not None, self.preview is not None)
-        return any(is_there and is_due for is_there, is_due in zip(there, self.due(step), strict=True))
+    def due(self, step: int) -> tuple[str, ...]:
+        there = {VALIDATION: self.held_out, NEIGHBOURS: self.neighbours, PICTURES: self.preview}
+        pairs = zip(there.items(), self.periods_end(step), strict=True)
+        return tuple(kind for (kind, images), is_due in pairs if is_due and images is not None)
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
-        validate, probe, draw = self.due(state.step)
+        validate, probe, draw = self.periods_end(state.step)
         self.judge(state, records, validate, probe)
         if draw:
             self.draw(state, records)
 
     def judge(self, state: TrainingState, records: RunLog, validate: bool, probe: bool) -> None:
         """Measure held-out loss and accuracy, also of averaged weights."""
+        models = cast(dict[str, CrossMAE], state.models)
         values: dict[str, float] = {}
-        for suffix, model in cast(dict[str, CrossMAE], state.models).items():
-            if validate and self.held_out:
-                values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
-            accuracy = in_main_process(partial(self.accuracy, model)) if probe else None
-            if accuracy is not None:
-                values[f"knn_accuracy{suffix}"] = accuracy
+        if validate and self.held_out:
+            with records.timed(VALIDATION):
+                for suffix, model in models.items():
+                    values[f"val_loss{suffix}"] = self.held_out.loss(model, state.autocast)
+        if probe:
+            with records.timed(NEIGHBOURS):
+                for suffix, model in models.items():
+                    accuracy = in_main_process(partial(self.accuracy, model))
+                    if accuracy is not None:
+                        values[f"knn_accuracy{suffix}"] = accuracy
         if not all(map(math.isfinite, values.values())):
             raise Diverged(f"the held-out loss is not finite ({describe(values)})")
         if values:
@@ -247,10 +259,11 @@ class Judges(Callbacks):
         if self.preview is None:
             return
         title = f"step {step}, {self.preview.mask_ratio:.0%} of the patches masked"
-        records.picture(step, "reconstructions", reconstruction_figure(self.preview.panels(model), title))
-        if model.fused_blocks:
-            weights, names = model.wfm.linear.weight, fused_map_names(model)
-            records.picture(step, "fusion", fusion_figure(weights, names, f"fusion weights at step {step}"))
+        with records.timed(PICTURES):
+            records.picture(step, "reconstructions", reconstruction_figure(self.preview.panels(model), title))
+            if model.fused_blocks:
+                weights, names = model.wfm.linear.weight, fused_map_names(model)
+                records.picture(step, "fusion", fusion_figure(weights, names, f"fusion weights at step {step}"))
 
 
 def build_judges(

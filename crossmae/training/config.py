@@ -172,6 +172,9 @@ class ScheduleConfig(ConfigSection):
     max_steps: int | None = Field(
         None, ge=0, description="stop after so many steps; the schedule stays as it is; 0 writes the initial weights"
     )
+    shorten_to: Positive | None = Field(
+        None, description="with --resume: end after so many epochs in all; the learning rate falls to its end by then"
+    )
 
 
 class RuntimeConfig(ConfigSection):
@@ -313,7 +316,8 @@ class RunConfig(ConfigSection):
         sections = set(type(self).model_fields) - NOT_DECISIVE
         values: dict[str, dict[str, Any]] = self.model_dump(mode="json", include=sections)
         values["data"] = {key: value for key, value in values["data"].items() if key not in NOT_DECISIVE_DATA}
-        values["schedule"].pop("max_steps")
+        for key in ("max_steps", "shorten_to"):
+            values["schedule"].pop(key)
         values["model"].pop("init")
         values["runtime"] = {"seed": values["runtime"]["seed"]}
         flat = {f"{name}.{key}": json.dumps(value) for name, keys in values.items() for key, value in keys.items()}

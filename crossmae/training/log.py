@@ -8,21 +8,24 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from crossmae.data.broken import Broken
+from crossmae.data.parallel import Progress
 from crossmae.data.sources import Source
-from crossmae.errors import UserError, counted, import_extra
+from crossmae.errors import UserError, counted, import_extra, rough_time
 from crossmae.files import is_number, name_write_errors, read_json_lines, write_text
 from crossmae.reports.figures import save_figure
 from crossmae.training.schedule import Schedule
@@ -42,6 +45,9 @@ NAMES = {
     for suffix, words in (("", ""), ("_ema", " of the averaged weights"))
 }
 LOG, BROKEN = "log.jsonl", "broken.jsonl"
+EVALUATION = "evaluation"  # the kind of evaluation of a trainer that has only one
+# Steps that are timed after the first one, for at least so many seconds. After LONG_SECONDS, one step is enough.
+TIMED_STEPS, TIMED_SECONDS, LONG_SECONDS = 3, 5.0, 60.0
 
 
 class RunLog:
@@ -51,6 +57,9 @@ class RunLog:
         step: step that the run continues from. Log lines after this step are dropped, because the steps are run again.
             So are the measurements of this step.
         resumed: true if the run continues from a checkpoint. Otherwise the logs of an earlier attempt are deleted.
+
+    Attributes:
+        seconds: time of the last evaluation of each kind.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class RunLog:
         self.writers = ExitStack()
         self.board: SummaryWriter | None = None
         self.rows: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
         if is_main and resumed:
             self.rows = truncate_log(folder / LOG, step)
         elif is_main:
@@ -68,19 +78,26 @@ class RunLog:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
     def __enter__(self) -> RunLog:
-        steps: dict[str, Any] = {"total": self.schedule.last_step, "initial": self.first_step, "unit": "step"}
         if self.wandb is not None:
             self.writers.callback(self.wandb.finish)
         if self.is_main:
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
             self.writers.callback(self.close_board)
             self.lines = self.writers.enter_context(open(self.folder / LOG, "a", encoding="utf-8"))
-        bar = tqdm(desc=self.word, dynamic_ncols=True, disable=not self.is_main, **steps)
+        counts = (self.schedule.last_step, "step", self.first_step)
+        bar: Progress[Any] = Progress((), self.word, *counts, shown=self.is_main)
         self.bar = self.writers.enter_context(bar)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.writers.close()
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Time an evaluation of some kind, for estimates."""
+        begun = clock()
+        yield
+        self.seconds[kind] = clock() - begun
 
     def close_board(self) -> None:
         """Write what TensorBoard has not written yet."""
@@ -98,7 +115,7 @@ class RunLog:
         speed, waiting = values["images_per_second"], values["data_wait_share"]
         rate = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
         shown = f"loss {losses['loss']:.4f}, lr {values['lr']:.2e}, {rate} img/s, waiting for data {waiting:.0%}"
-        self.bar.set_postfix_str(f"{shown}, {memory:.1f} GB")
+        self.bar.note(f"{shown}, {memory:.1f} GB")
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write values to the log, TensorBoard and Weights & Biases."""
@@ -158,6 +175,93 @@ class RunLog:
                 start = "of the weights it started from" if first_step == 0 else f"at step {first_step}"
                 lines.append(f"{name}: {first:.4f} {start}, {last:.4f} at step {last_step}")
         return lines
+
+
+class TimeAhead:
+    """Estimate of the time until the end of a run, logged when its first steps are timed.
+
+    Real steps are timed: the clock is read, and the host waits for the device twice. So weights and random numbers
+    are those of a run without an estimate. The first step is left out, because it compiles and starts workers.
+
+    Args:
+        due: names the kinds of evaluations after a step.
+        seconds: time of an evaluation of each kind. If a kind is missing, the estimate is logged again when its time
+            is known.
+    """
+
+    def __init__(
+        self,
+        last_step: int,
+        due: Callable[[int], Sequence[str]],
+        seconds: Mapping[str, float],
+        device: torch.device,
+        processes: int,
+    ) -> None:
+        self.last_step, self.due, self.seconds, self.device = last_step, due, seconds, device
+        self.place = describe_machine(device, processes)
+        self.begun, self.first = 0.0, -1
+        self.step_seconds: float | None = None
+        self.lacking: set[str] = set()  # kinds of evaluations whose time is not known
+        self.is_done = False
+
+    def count(self, step: int) -> None:
+        """Count a step, and log the estimate after enough steps."""
+        if self.is_done:
+            return
+        if self.first < 0:
+            wait_for(self.device)
+            self.begun, self.first = clock(), step
+        elif self.step_seconds is None:
+            steps, seconds = step - self.first, clock() - self.begun
+            if (steps >= TIMED_STEPS and seconds >= TIMED_SECONDS) or seconds >= LONG_SECONDS:
+                wait_for(self.device)
+                self.step_seconds = (clock() - self.begun) / steps
+                self.log(step)
+        elif self.lacking <= self.seconds.keys():
+            self.log(step)
+
+    def leave_out(self, seconds: float) -> None:
+        """Exclude the time of saving and evaluating."""
+        self.begun += seconds
+
+    def log(self, step: int) -> None:
+        """Log the estimate after a step."""
+        steps = self.last_step - step
+        ahead = Counter(kind for later in range(step + 1, self.last_step + 1) for kind in self.due(later))
+        known = Counter({kind: number for kind, number in ahead.items() if kind in self.seconds})
+        self.lacking = ahead.keys() - known.keys()
+        self.is_done = not self.lacking
+        seconds = steps * (self.step_seconds or 0) + sum(self.seconds[kind] * known[kind] for kind in known)
+        numbers = (known.total(), ahead.total() - known.total())
+        if steps:
+            log.info("%s", describe_time_ahead(steps, seconds, *numbers, self.place))
+
+
+def describe_time_ahead(steps: int, seconds: float, evaluations: int, others: int, place: str) -> str:
+    """Describe the time until the end of a run in a sentence.
+
+    Args:
+        evaluations, others: number of evaluations within these seconds, and of those whose time is not known.
+    """
+    included = f" and {counted(evaluations, 'evaluation')}" if evaluations else ""
+    without = f", without {counted(others, 'evaluation')} of unknown time" if others else ""
+    work = f"the remaining {counted(steps, 'step')}{included}"
+    return f"about {rough_time(seconds)} for {work} on {place}{without}; stop any time with Ctrl-C"
+
+
+def describe_machine(device: torch.device, processes: int) -> str:
+    """Describe what computes a run: threads or GPUs."""
+    if device.type == "cpu":
+        each = counted(torch.get_num_threads(), "thread")
+        return f"this machine ({each if processes == 1 else f'{processes} processes of {each}'})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"this machine ({name})" if processes == 1 else f"{processes} x {name}"
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has computed everything that was queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def announce_steps(schedule: Schedule, step: int, rule: str) -> None:

@@ -40,7 +40,7 @@ from crossmae.files import write_atomically, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import RunSettings
 from crossmae.training.devices import choose_compilation, choose_precision, open_device
-from crossmae.training.log import BROKEN, BrokenImages, RunLog, start_wandb
+from crossmae.training.log import BROKEN, BrokenImages, RunLog, TimeAhead, start_wandb
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import EMA_WEIGHTS, WEIGHTS, check_agreement, resumed_precision
 from crossmae.training.schedule import Schedule
@@ -70,9 +70,9 @@ class Callbacks:
         """Return more numbers of the last step for the log."""
         return {}
 
-    def is_due(self, step: int) -> bool:
-        """Return true if `measure` has anything to do after this step."""
-        return False
+    def due(self, step: int) -> tuple[str, ...]:
+        """Name the kinds of evaluations that `measure` makes after this step."""
+        return ()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Measure and draw everything due at this step.
@@ -269,6 +269,9 @@ class TrainingSteps:
         self.job, self.state, self.records, self.request = job, state, records, request
         self.writer, self.save, self.watch, self.settings = writer, save, watch, settings
         self.saved: int | None = None  # step of the last checkpoint
+        self.ahead = TimeAhead(
+            job.schedule.last_step, job.callbacks.due, records.seconds, state.device, state.ranks.world_size
+        )
         # Step and images of the micro-batches of the current step, and of steps whose gradients are not checked yet.
         self.names: list[tuple[int, NameImages]] = []
         self.start_window()
@@ -335,7 +338,8 @@ class TrainingSteps:
         job, state = self.job, self.state
         saves = job.saves_after(state.step)
         logs = saves or state.step % self.settings.log_every == 0
-        if logs or job.callbacks.is_due(state.step) or state.step == job.schedule.last_step:
+        due = job.callbacks.due(state.step)
+        if logs or due or state.step == job.schedule.last_step:
             state.check_gradients()
             self.forget_names()
         if logs:
@@ -352,11 +356,14 @@ class TrainingSteps:
         if saves:
             self.save()
             self.saved = state.step
-        if job.callbacks.is_due(state.step):
+        if due:
             self.writer.wait()
         with state.evaluating():
             job.callbacks.measure(state, self.records)
-        self.begun += time.perf_counter() - paused  # the speed excludes measuring and saving
+        pause = time.perf_counter() - paused
+        self.begun += pause  # the speed excludes measuring and saving
+        self.ahead.leave_out(pause)
+        self.ahead.count(state.step)
 
     def forget_names(self) -> None:
         """Forget the images of steps whose gradients were finite."""

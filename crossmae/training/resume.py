@@ -11,6 +11,7 @@ from crossmae.checkpoints.run_checkpoint import FOLDER, checkpoint_names, latest
 from crossmae.errors import UserError, shorten
 from crossmae.files.claim import check_folder, check_unused
 from crossmae.training.processes import Ranks
+from crossmae.training.schedule import AnySchedule
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,57 @@ def is_complete(
             f"images and the number of processes, or name another {key}."
         )
     return step_of(start) >= last_step and (start.parents[1] / final).is_file()
+
+
+def shorten_schedule(schedule: AnySchedule, start: Path | None, epochs: float | None, key: str) -> AnySchedule:
+    """Shorten a schedule as its checkpoint records, and as the user asks now.
+
+    Args:
+        start: checkpoint to continue from; None for a new run.
+        epochs: length of the whole run; None: as recorded. The recorded length again changes nothing.
+        key: config key of `epochs`.
+
+    Raises:
+        UserError: There is no run to shorten, the length is not between the steps done and the present end, or the
+            record does not fit the schedule.
+    """
+    if start is None:
+        if epochs:
+            raise UserError(
+                f"{key}: there is no run to shorten. Pass --resume in the folder of a run, or set {key} to its default."
+            )
+        return schedule
+    done = step_of(start)
+    for step, before, after in read_cuts(start):
+        if before != schedule.total_steps:
+            raise UserError(
+                f"{key}: {start} is of a run of {before:,} steps that was shortened, and the settings are for "
+                f"{schedule.total_steps:,}. Repeat the settings of the run."
+            )
+        schedule = schedule.shorten(step, after)
+    if epochs and (steps := round(epochs * schedule.steps_per_epoch)) != schedule.total_steps:
+        if not done < steps < schedule.total_steps:
+            least, most = (number / schedule.steps_per_epoch for number in (done, schedule.total_steps))
+            raise UserError(
+                f"{key}: {epochs:g} would end the run at step {steps:,}, but it has done {done:,} of its "
+                f"{schedule.total_steps:,} steps. Give more than {least:.4g} and fewer than {most:.4g} epochs."
+            )
+        schedule = schedule.shorten(done, steps)
+    if schedule.cuts:
+        step, before, after = schedule.cuts[-1]
+        words = "%s: the run ends after step %d, not %d. From step %d on, the rest of the learning rates is compressed"
+        log.info(words, key, after, before, step)
+    return schedule
+
+
+def read_cuts(start: Path) -> list[tuple[int, int, int]]:
+    """Read `Schedule.cuts` from the record of a checkpoint."""
+    plan = read_record(start).get("plan")
+    rows = plan.get("cuts", []) if isinstance(plan, dict) else []
+    numbers = [row for row in rows if isinstance(row, list) and [type(one) for one in row] == [int] * 3]
+    if len(numbers) < len(rows) or not all(0 <= step < after < before for step, before, after in numbers):
+        raise UserError(f"{start}: its record of a shortened schedule is damaged. Delete this checkpoint.")
+    return [(step, before, after) for step, before, after in numbers]
 
 
 def check_agreement(ranks: Ranks, step: int, fingerprint: Mapping[str, str], key: str = "output_dir") -> None:

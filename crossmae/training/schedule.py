@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from crossmae.data.batches import BatchPlan
 from crossmae.errors import UserError
 from crossmae.training.config import ScheduleConfig, StepConfig
+
+AnySchedule = TypeVar("AnySchedule", bound="Schedule")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Schedule:
         total_batches, total_steps: micro-batches of each process, and steps, in the whole schedule.
         last_step: step at which this run stops; `total_steps` unless schedule.max_steps is lower.
         warmup_steps: steps with a rising learning rate.
+        cuts: rows of (step, total before, total after), one for each time that the run was shortened.
     """
 
     images: int
@@ -36,6 +39,12 @@ class Schedule:
     warmup_steps: float
     peak_lr: float
     min_lr: float
+    cuts: tuple[tuple[int, int, int], ...] = field(default=(), kw_only=True)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in an epoch, not rounded."""
+        return self.batches_per_epoch / self.accumulate
 
     @property
     def images_per_batch(self) -> int:
@@ -65,7 +74,28 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Compute the learning rate of step `step`, counted from 0."""
-        return lr_at(step, self.peak_lr, self.warmup_steps, self.total_steps, self.min_lr)
+        total = self.cuts[0][1] if self.cuts else self.total_steps
+        return lr_at(self.uncut(step), self.peak_lr, self.warmup_steps, total, self.min_lr)
+
+    def shorten(self: AnySchedule, step: int, total_steps: int) -> AnySchedule:
+        """Shorten the run to `total_steps` from `step` on.
+
+        The learning rates of the steps that were left are those of fewer steps: the curve is compressed.
+        """
+        return dataclasses.replace(
+            self,
+            total_batches=min(total_steps * self.accumulate, self.total_batches),
+            total_steps=total_steps,
+            last_step=min(self.last_step, total_steps),
+            cuts=(*self.cuts, (step, self.total_steps, total_steps)),
+        )
+
+    def uncut(self, step: float) -> float:
+        """Return the step of the original schedule that has the learning rate of `step`."""
+        for at, before, after in reversed(self.cuts):
+            if step > at:
+                step = at + (step - at) * (before - at) / (after - at)
+        return step
 
 
 def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfig, lr_factor: float = 1.0) -> Schedule:
@@ -109,7 +139,7 @@ def make_schedule(batches: BatchPlan, optim: StepConfig, schedule: ScheduleConfi
     )
 
 
-def lr_at(step: int, peak: float, warmup_steps: float, total_steps: int, min_lr: float = 0.0) -> float:
+def lr_at(step: float, peak: float, warmup_steps: float, total_steps: int, min_lr: float = 0.0) -> float:
     """Compute the learning rate: linear warm-up, then half a cosine to `min_lr`."""
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -312,7 +313,10 @@ def average_gradients(model: nn.Module, compiled: bool) -> DistributedDataParall
     """
     if compiled:
         torch._dynamo.config.optimize_ddp = False  # it would split a block that is larger than a bucket
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are constants, which need no sending. torch 2.14 renamed the argument.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **constant)
 
 
 def describe_gradient(norm: float, found: str) -> str:

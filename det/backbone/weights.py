@@ -21,6 +21,7 @@ from crossmae.checkpoints.formats.recognition import mix_up
 from crossmae.checkpoints.load_report import LoadReport
 from crossmae.checkpoints.loading import check_plain, load, resampled
 from crossmae.checkpoints.metadata import (
+    DETECTOR_CONFIG,
     NORM_EPS_OF_PLAIN,
     PIXEL_MEAN,
     PIXEL_STD,
@@ -28,7 +29,7 @@ from crossmae.checkpoints.metadata import (
     assumed_names,
     recorded_numbers,
 )
-from crossmae.checkpoints.reading.files import detector_file
+from crossmae.checkpoints.reading import detector_file
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError, counted
@@ -36,6 +37,7 @@ from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, sta
 from crossmae.models.linear import use_linear
 from crossmae.training.config import read_yaml
 from det.backbone.detector import Detector, use_channels_last
+from det.backbone.record import recorded_config
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import CONFIG, flatten, lookup
@@ -99,7 +101,7 @@ def build_trained(cfg: CfgNode) -> nn.Module:
 def open_weights(path: str, detector_only: bool) -> Weights | None:
     """Read `MODEL.WEIGHTS`, None if it is empty."""
     if not path and detector_only:
-        raise UserError("MODEL.WEIGHTS is empty. Name a trained detector, such as OUTPUT_DIR/model_final.pth.")
+        raise UserError("MODEL.WEIGHTS is empty. Name a trained detector, such as OUTPUT_DIR/model_final.safetensors.")
     if not path:
         log.warning("MODEL.WEIGHTS is empty: training starts from random weights")
         return None
@@ -117,9 +119,11 @@ def open_weights(path: str, detector_only: bool) -> Weights | None:
 def _load(model: nn.Module, cfg: CfgNode, weights: Weights, detector_only: bool) -> LoadReport:
     try:
         if weights.format == "detector":
-            config = weights.path.with_name(CONFIG)
-            recorded = dict(flatten(read_yaml(config))) if config.is_file() else {}
-            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, config)
+            config, recorded = weights.path.with_name(CONFIG), recorded_config(weights.metadata)
+            if not recorded and config.is_file():
+                recorded = dict(flatten(read_yaml(config)))
+            source = weights.path if DETECTOR_CONFIG in weights.metadata else config
+            warn_of_other_settings({key: lookup(cfg, key) for key in COMPARED_SETTINGS}, recorded, source)
             report = _load_detector(model, weights, config, detector_only)
             say_assumed(report.assumed, "Train it again with")
         else:

@@ -20,8 +20,8 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from crossmae.data.parallel import Progress
 from crossmae.errors import UserError
 from crossmae.files import make_folder, write_atomically, write_json
 from crossmae.reports.figures import save_figure
@@ -125,7 +125,7 @@ def predict(
 
     `threads` threads encode masks while the device predicts the next images; with 0, the device waits.
     """
-    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not comm.is_main_process(), dynamic_ncols=True)
+    bar = Progress(loader, "evaluate", unit="batch", leave=False, shown=comm.is_main_process())
     ranks = Ranks(comm.get_rank(), 0, comm.get_world_size())
 
     def found() -> Iterator[tuple[dict[str, Any], Instances]]:

@@ -26,6 +26,7 @@ from crossmae.training.config import read_yaml
 from crossmae.training.log import LOG as TRAINING_LOG
 from det.backbone.weights import find_detector
 from det.config import (
+    BEST,
     BEST_RECORD,
     CONFIG,
     FINAL,
@@ -298,7 +299,7 @@ def _detector(settings: Mapping[str, Any]) -> str:
 def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | None) -> list[page.Fact]:
     found = [] if results is None else ap_facts(results, "AP", ("AP50", "AP75"))
     if best is not None:
-        note = f"after {counted(best.iteration, 'iteration')}: model_best.pth"
+        note = f"after {counted(best.iteration, 'iteration')}: {BEST}"
         scores = {"box": best.bbox, "mask": best.segm}
         found += [page.Fact(f"Best {task} AP", _shown(ap, " %"), note) for task, ap in scores.items() if ap is not None]
     return found

@@ -8,10 +8,14 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from crossmae.checkpoints.metadata import safetensors_metadata
+from crossmae.checkpoints.reading import hub_advice
 from crossmae.errors import UserError, named_by
-from det.config import CONFIG, load_det_config
+from det.backbone.record import recorded_config, weights_file
+from det.config import CONFIG, build_det_config, load_det_config
 
 COCO_FILE = "predictions.json"
+LABEL_FORMATS = {"yolo": ".txt", "labelme": ".json"}  # of other tools: the suffix of their files
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +34,23 @@ def read_config(
 ) -> CfgNode:
     """Read the config of a detector, and apply `KEY=VALUE` words.
 
-    `config_file` is a YAML file, a name under configs/, or a run's folder. None uses `config.yaml` next to the
-    `weights`, which are a run's folder or a file in it. Errors name `key`, the option or argument of the weights.
+    `config_file` is a YAML file, a name under configs/, or a run's folder. None uses the config in the file of the
+    `weights`, which are a file or a folder. A file without a config needs `config.yaml` next to it. Errors name `key`,
+    the option or argument of the weights.
     """
     if not Path(weights).exists():
         raise UserError(
             f"{key}: {weights}: no such file or folder. Name a detector's weights, or the folder of its run."
+            f"{hub_advice(Path(weights))}"
         )
     if config_file is not None:
         return load_det_config(str(config_file), overrides)
-    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    file, folder = weights_file(Path(weights)), Path(weights) if Path(weights).is_dir() else Path(weights).parent
     try:
+        with named_by(key, weights):
+            values = recorded_config(safetensors_metadata(file)) if file else {}
+        if values:
+            return build_det_config([(str(file), values)], overrides)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: has no {CONFIG}. Name the config of its training by --config-file.")
         return load_det_config(str(folder / CONFIG), overrides)

@@ -35,6 +35,8 @@ _PALETTE = (0xFF5454, 0x40C8FF, 0xFFE140, 0xB280FF, 0x70E050, 0xFF9628, 0xFF70D6
 _FILL_OPACITY = 0.35
 LETTER_SIZE = 0.05  # divided by the longest side; for pictures that are shown small
 SMALLEST_LETTERS = 9.0  # pixels
+ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
+LABEL_SIZE = 0.03  # like LETTER_SIZE, for pictures that are shown large
 _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
@@ -87,6 +89,23 @@ def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[
             zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist(), strict=True)
         )
     ]
+
+
+def instances_from_predictions(found: Instances, names: Sequence[str]) -> list[DrawnInstance]:
+    """Convert the predictions for one image."""
+    masks = found.pred_masks.numpy() if found.has("pred_masks") else [None] * len(found)
+    rows = zip(found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), masks, found.scores.tolist(), strict=True)
+    return [
+        DrawnInstance((x0, y0, x1 - x0, y1 - y0), number, names[number], mask, score)
+        for (x0, y0, x1, y1), number, mask, score in rows
+    ]
+
+
+def draw_large(image: NDArray[np.uint8], instances: Sequence[DrawnInstance]) -> NDArray[np.uint8]:
+    """Draw instances on an image, enlarged if it is small."""
+    side = max(image.shape[:2])
+    side *= -(-ENLARGED_BELOW // side)
+    return draw_instances(image, instances, longest_side=side, letters=LABEL_SIZE)
 
 
 def draw_instances(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,14 +20,17 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from torch import nn
 
+from crossmae.checkpoints.formats.model_folder import save_folder, source_metadata
+from crossmae.checkpoints.weights import read_weights
 from crossmae.data.images import ImageLimits, read_image, to_rgb
 from crossmae.errors import UserError, counted
 from crossmae.files import decode_text, read_file
 from crossmae.models.class_names import describe_difference, list_names, pair_names
 from det.backbone.detector import padded_size
+from det.backbone.record import detector_metadata
 from det.backbone.weights import build_trained, find_detector
 from det.classes import Classes, classes_of, match_ids
-from det.config import RECORD, check_config, choose_device, image_limits
+from det.config import RECORD, check_config, choose_device, flatten, image_limits
 from det.data.coco import read_categories
 from det.data.loader import ResizeShortestEdge, augment
 from det.inference.arguments import read_config
@@ -40,18 +44,22 @@ ImageLike = NDArray[np.uint8] | Image.Image | str | Path
 
 
 class Predictor:
-    """A trained detector, which is called with an image.
+    """A trained detector, which is called with an image or a list of images.
 
-        predictor = Predictor("outputs/run/config.yaml", "outputs/run/model_best.pth")
+        predictor = Predictor.from_pretrained("outputs/run")
         instances = predictor("photo.jpg")
         instances.pred_boxes, instances.scores, instances.pred_classes, instances.pred_masks
+        predictor.names(instances)
+        predictor.draw("photo.jpg", instances).save("found.png")
 
     Images are read, resized and padded as in evaluation. Objects have a score above
-    `MODEL.ROI_HEADS.SCORE_THRESH_TEST`.
+    `MODEL.ROI_HEADS.SCORE_THRESH_TEST`. `highest_score` tells why there are none.
 
     Args:
-        config: a config, which is not changed, or an argument of `read_config`.
-        weights: a detector's file, or the folder of its run, see `find_detector`.
+        config: a config, which is not changed, or an argument of `read_config`. None uses the config in the file of the
+            weights, or next to it.
+        weights: a detector's file or its folder. None uses `MODEL.WEIGHTS` of a config. A path given for `config` alone
+            names the weights.
         device: "cpu", "cuda" or "cuda:1". None uses the config, or the CPU if there is no GPU.
         masks: predict masks if the detector has them.
 
@@ -67,8 +75,17 @@ class Predictor:
 
     @library_warnings_ignored()
     def __init__(
-        self, config: CfgNode | str | Path | None, weights: str | Path, device: str | None = None, *, masks: bool = True
+        self,
+        config: CfgNode | str | Path | None = None,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        *,
+        masks: bool = True,
     ) -> None:
+        if weights is None:
+            config, weights = (config, config.MODEL.WEIGHTS) if isinstance(config, CfgNode) else (None, config)
+        if not weights:
+            raise UserError("weights: no detector is named. Name its file, or the folder of its run.")
         self.cfg = config.clone() if isinstance(config, CfgNode) else read_config(config, weights)
         self.cfg.defrost()
         self.weights = find_detector(Path(weights))
@@ -91,15 +108,61 @@ class Predictor:
         self.limits = image_limits(inputs.MAX_PIXELS)
         self._augmentations = AugmentationList([resize])
 
-    def __call__(self, image: ImageLike) -> Instances:
-        """Find the objects in one image, highest score first.
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | None = None, *, masks: bool = True) -> Predictor:
+        """Load a detector: its file, its run's folder, or a saved folder."""
+        return cls(None, path, device, masks=masks)
 
-        The image is (H, W, 3) uint8 RGB, a Pillow image, or a path. Returns N instances on the CPU, in pixels of the
-        image: `pred_boxes` (N, 4) x0, y0, x1, y1; `scores` (N,); `pred_classes` (N,) from 0; and `pred_masks` (N, H, W)
-        bool if the detector has masks. Raises UserError for a file that cannot be read, and ValueError for a wrong
-        array.
+    def save_pretrained(
+        self, folder: str | Path, *, licence: str = "", base_model: str = "", force: bool = False
+    ) -> Path:
+        """Save the detector as `model.safetensors`, with its model card `README.md`.
+
+        The file has the present weights and config. `save_folder` documents the arguments, result and errors.
         """
+        metadata = source_metadata(read_weights(self.weights, finite=False))
+        metadata |= detector_metadata(dict(flatten(self.cfg)), classes_of(self.model))
+        options = {"licence": licence, "base_model": base_model}
+        return save_folder(folder, self.model.state_dict(), metadata, **options, force=force)
+
+    @overload
+    def __call__(self, image: ImageLike) -> Instances: ...
+
+    @overload
+    def __call__(self, image: list[ImageLike] | tuple[ImageLike, ...]) -> list[Instances]: ...
+
+    def __call__(self, image: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> Instances | list[Instances]:
+        """Find the objects in one image or several, highest score first.
+
+        An image is (H, W, 3) uint8 RGB, a Pillow image, or a path. Returns N instances on the CPU, in pixels of the
+        image: `pred_boxes` (N, 4) x0, y0, x1, y1; `scores` (N,); `pred_classes` (N,) from 0; and `pred_masks` (N, H, W)
+        bool if the detector has masks. A list of images gives a list of results. Raises UserError for a file that
+        cannot be read, and ValueError for a wrong array.
+        """
+        if isinstance(image, list | tuple):
+            return self.predict(image)
         return self.predict([image])[0]
+
+    def names(self, instances: Instances) -> list[str]:
+        """Return the class name of each of N instances."""
+        return [self._name(number) for number in instances.pred_classes.tolist()]
+
+    def draw(self, image: ImageLike, instances: Instances) -> Image.Image:
+        """Draw masks, boxes, names and scores on a copy of an image.
+
+        Takes the results of a call. Small images are enlarged. Raises ValueError if the instances are of an image of
+        another size.
+        """
+        from det.inference.draw import draw_large, instances_from_predictions  # slow import
+
+        pixels = read_rgb(image, self.limits)
+        if instances.image_size != pixels.shape[:2]:
+            raise ValueError(f"instances: of an image of {instances.image_size}, not of {pixels.shape[:2]} pixels")
+        names = [self._name(number) for number in range(self.num_classes)]
+        return Image.fromarray(draw_large(pixels, instances_from_predictions(instances, names)))
+
+    def _name(self, number: int) -> str:
+        return self.class_names[number] if self.class_names else f"class {number + 1}"
 
     def predict(self, images: Sequence[ImageLike]) -> list[Instances]:
         """Find the objects in several images.
@@ -118,17 +181,19 @@ class Predictor:
         """
         return self._run(images, self._detect)
 
-    def highest_score(self, images: Sequence[ImageLike]) -> float:
-        """Find the highest score in some images, below the threshold too.
+    def highest_score(self, images: ImageLike | Sequence[ImageLike]) -> float:
+        """Find the highest score in images, below the threshold too.
 
-        Returns 0 if there are no proposals. Masks are not predicted.
+        Takes one image or several. Returns 0 if there are no proposals. Masks are not predicted. The
+        detector runs again for this.
         """
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         heads = self.model.roi_heads
         last = heads.box_predictor[-1] if isinstance(heads.box_predictor, nn.ModuleList) else heads.box_predictor
         settings = last.test_score_thresh, heads.mask_on
         last.test_score_thresh, heads.mask_on = 0.0, False
         try:
-            return max((float(found.scores.max()) for found in self.predict_raw(images) if len(found)), default=0.0)
+            return max((float(found.scores.max()) for found in self.predict_raw(several) if len(found)), default=0.0)
         finally:
             last.test_score_thresh, heads.mask_on = settings
 
@@ -155,6 +220,15 @@ class Predictor:
         for indices in groups.values():
             found |= zip(indices, model([inputs[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(inputs))]
+
+
+def threshold_below(score: float) -> float:
+    """Return the next lower threshold of one digit, at least 0."""
+    if score <= 0:
+        return 0.0
+    unit = 10.0 ** min(math.floor(math.log10(score)), -1)
+    digit = math.ceil(score / unit - 1e-9) - 1
+    return round(digit * unit if digit else 0.9 * unit, 12)
 
 
 def read_rgb(image: ImageLike, limits: ImageLimits | None = None) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
     OUTPUT/NAME.png            an image and its objects; NAME is the image's path relative to the common folder
     OUTPUT/NAME.mp4            a video with its objects
+    OUTPUT/labels/             the same as label files of another tool, if requested
     OUTPUT/predictions.json    all predictions as COCO annotations; written last: if it exists, it is complete
 
 Files are read in batches, so that memory stays bounded.
@@ -31,23 +32,22 @@ import numpy as np
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from crossmae.data.images import count_frames
+from crossmae.data.parallel import Progress
 from crossmae.data.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_inputs
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable
 from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
 from det.inference.arguments import COCO_FILE
-from det.inference.draw import draw_instances, instances_from_coco
+from det.inference.draw import draw_large, instances_from_coco
+from det.inference.label_files import LABEL_FOLDER, LabelWriter
 from det.inference.ordered_threads import encode_in_order
 from det.inference.predict import Classes, Predictor, coco_annotations, read_rgb
 from det.inference.video import Frame, Video, is_video, pyav, write_video
 
-ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LOOKED_AGAIN = 16  # files, for the highest score below the threshold
-LABEL_SIZE = 0.03  # height of letters divided by the longest side
 BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no other file can be written, either
 MAX_FILE_NAME = 255  # bytes, in usual file systems
 Item = TypeVar("Item")
@@ -101,12 +101,15 @@ def output_names(names: Sequence[str]) -> list[str]:
     return targets
 
 
-def check_output(output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool) -> None:
+def check_output(
+    output: Path, inputs: Sequence[MediaInput], arguments: Sequence[str], force: bool, labels: Sequence[Path] = ()
+) -> None:
     """Reject an unwritable output folder, or one with files to overwrite.
 
-    An input is never overwritten. The output folder must not be searched for inputs.
+    An input is never overwritten. The output folder must not be searched for inputs. `labels` are further files to
+    write.
     """
-    planned = [output / COCO_FILE, *(output / one.target for one in inputs)]
+    planned = [output / COCO_FILE, *(output / one.target for one in inputs), *labels]
     for argument in map(_expand_home, arguments):
         if _searches(argument, output, planned):
             raise UserError(
@@ -171,6 +174,7 @@ class FilePredictions:
     batch_size: int = 8
     draw: bool = True
     threads: int = 0
+    labels: LabelWriter | None = None
     images: int = 0
     objects: int = 0
     failures: list[str] = field(default_factory=list)
@@ -180,6 +184,8 @@ class FilePredictions:
         make_folder(self.output, "--output")
         sweep(self.output, min_age=SHARED_SECONDS)
         (self.output / COCO_FILE).unlink(missing_ok=True)
+        if self.labels:
+            self.labels.start(self.output / LABEL_FOLDER)
 
         def write(file: TextIO) -> None:
             coco = CocoStream(file, self.classes)
@@ -204,7 +210,7 @@ class FilePredictions:
         return highest, number
 
     def _predict_images(self, inputs: Sequence[MediaInput], coco: CocoStream) -> None:
-        bar = tqdm(inputs, "predict", unit="img", disable=not inputs, dynamic_ncols=True)
+        bar = Progress(inputs, "predict", unit="image", shown=bool(inputs))
         for path, drawn in self._predict(self._read_images(bar), coco):
             if self.draw:
                 save = partial(Image.fromarray(drawn).save, format="png")
@@ -233,7 +239,7 @@ class FilePredictions:
 
     def _read_video(self, video: Video, name: str) -> Iterator[tuple[Fraction, dict[str, Any], NDArray[np.uint8]]]:
         """Yield time, entry and pixels of frames until the video is damaged."""
-        bar = tqdm(video, printable(name), video.frames, unit="frame", dynamic_ncols=True)
+        bar = Progress(video, printable(name), video.frames, unit="frame")
         try:
             for number, frame in enumerate(bar):
                 entry = {"file_name": name, "frame": number, "time": round(float(frame.time), 6)}
@@ -251,14 +257,13 @@ class FilePredictions:
         annotated = encode_in_order(self._annotate, detected, self.threads, lambda one: one.entry["file_name"])
         for one, found in annotated:
             coco.add(one.entry, found)
+            if self.labels and "frame" not in one.entry:
+                self._save(self.labels.paths[one.entry["file_name"]], partial(self.labels.write, one.entry, found))
             self.images += 1
             self.objects += len(found)
             pixels = one.pixels
             if self.draw:
-                side = max(pixels.shape[:2])
-                side *= -(-ENLARGED_BELOW // side)
-                objects = instances_from_coco(found, names)
-                pixels = draw_instances(pixels, objects, longest_side=side, letters=LABEL_SIZE)
+                pixels = draw_large(pixels, instances_from_coco(found, names))
             yield one.item, pixels
 
     def _detect(

@@ -16,11 +16,14 @@ import torch
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from crossmae.checkpoints.metadata import CLASSES, PICKLED_METADATA
+from crossmae.checkpoints.formats.training_record import logged_figures, recorded_training
+from crossmae.checkpoints.metadata import CLASSES, STEP
+from crossmae.checkpoints.reading import EARLIER_BEST, EARLIER_FINAL
 from crossmae.checkpoints.reading.files import read_safetensors
 from crossmae.checkpoints.run_checkpoint import MODEL, read_state, step_of
+from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import UserError
-from crossmae.files import sha256, write_atomically, write_json
+from crossmae.files import sha256, write_json
 from crossmae.training.resume import find_start
 from crossmae.training.versions import versions
 from det.classes import CATEGORY_IDS, registered_classes
@@ -42,17 +45,25 @@ _FREE = (
     "SOLVER.AMP.",
     "SOLVER.CHECKPOINT",
     "SOLVER.MAX_ITER",
+    "SOLVER.SHORTEN_TO",
 )
 
 
 def write_detector(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], step: int) -> None:
-    """Write the weights of a detector for use, in detectron2's format."""
-    content = {"model": dict(tensors), PICKLED_METADATA: dict(metadata), "iteration": step}
-    write_atomically(path, lambda file: torch.save(content, file))
+    """Write the weights of a detector for use.
+
+    The metadata get the figures that the run in this folder logged at this step. A `.pth` file of the
+    same name, which earlier versions wrote, is replaced.
+    """
+    figures = logged_figures(path.parent, step)
+    training = recorded_training(metadata).model_copy(update={"figures": figures, "step": step if figures else None})
+    save_weights(path, tensors, {**metadata, **training.metadata(), STEP: str(step)}, force=True)
+    if path.suffix == ".safetensors":
+        path.with_suffix(".pth").unlink(missing_ok=True)
 
 
 def write_final(folder: Path, decay: float | None, metadata: Mapping[str, str], checkpoint: Path) -> None:
-    """Write `model_final.pth` from a checkpoint: the averaged weights if there are any."""
+    """Write `model_final.safetensors` from a checkpoint: the averaged weights if there are any."""
     tensors = read_state(checkpoint, mapped=True)["ema"] if decay else read_safetensors(checkpoint / MODEL)[0]
     write_detector(folder / FINAL, tensors, metadata, step_of(checkpoint))
     log.info("final weights: %s", folder / FINAL)
@@ -64,9 +75,9 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
     Raises UserError as `find_start` does, and for a run of detectron2 or of an earlier version.
     """
     start = find_start(folder, resume, "detection", "OUTPUT_DIR", FINAL)
-    if start is None and (folder / LAST).exists():
+    if start is None and any((folder / name).exists() for name in (LAST, EARLIER_BEST, EARLIER_FINAL)):
         raise UserError(
-            f"OUTPUT_DIR: {folder} has checkpoints of detectron2 or of an earlier version, which cannot be continued. "
+            f"OUTPUT_DIR: {folder} has weights of detectron2 or of an earlier version, which cannot be continued. "
             "Start a new run in another OUTPUT_DIR, with MODEL.WEIGHTS of this one."
         )
     return start
@@ -85,6 +96,15 @@ def shared_settings(values: Mapping[str, Any], num_images: int, processes: int) 
     settings["processes x SOLVER.ACCUMULATE"] = processes * values["SOLVER.ACCUMULATE"]
     decoded: dict[str, Any] = json.loads(json.dumps(settings))
     return decoded
+
+
+def data_names(train: Sequence[str], test: Sequence[str]) -> dict[str, str]:
+    """Name the files of the data sets by split.
+
+    Data sets without a file have their registered names.
+    """
+    first = {split: names[0] for split, names in (("train", train), ("val", test)) if names}
+    return {split: str(MetadataCatalog.get(name).get("json_file", name)) for split, name in first.items()}
 
 
 def record_run(

@@ -15,7 +15,7 @@ from torch import nn
 
 from crossmae.errors import counted
 from crossmae.files import write_json
-from crossmae.training.log import RunLog
+from crossmae.training.log import EVALUATION, RunLog
 from crossmae.training.loop import Callbacks
 from crossmae.training.state import TrainingState
 from det.config import BEST, BEST_RECORD, PICTURES
@@ -66,18 +66,19 @@ class Evaluations(Callbacks):
     def numbers(self) -> dict[str, float]:
         return self.loss.scalars
 
-    def is_due(self, step: int) -> bool:
-        """Return true in every period and after the last step."""
+    def due(self, step: int) -> tuple[str, ...]:
+        """Name the evaluation in every period and after the last step."""
         in_period = step == self.last_step or (self.period > 0 and step % self.period == 0)
-        return self.evaluate is not None and step > 0 and in_period
+        return (EVALUATION,) if self.evaluate is not None and step > 0 and in_period else ()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Evaluate if it is due, and keep the best weights."""
         step = state.step
-        if self.evaluate is None or not self.is_due(step):
+        if self.evaluate is None or not self.due(step):
             return
         model = state.model if state.ema is None else state.ema.module
-        self.results = self.evaluate(model)
+        with records.timed(EVALUATION):
+            self.results = self.evaluate(model)
         if not state.ranks.is_main:
             return
         records.record(step, logged_numbers(self.results))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from detectron2.layers.batch_norm import LayerNorm as ChannelFirstLayerNorm
@@ -69,7 +69,18 @@ class StepSchedule(Schedule):
 
     def lr_at(self, step: int) -> float:
         """Compute the learning rate of step `step`, counted from 0."""
-        return self.peak_lr * float(self.multiplier(step / self.total_steps))
+        total = self.cuts[0][1] if self.cuts else self.total_steps
+        return self.peak_lr * float(self.multiplier(self.uncut(step) / total))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.images / self.images_per_step
+
+    def shorten(self, step: int, total_steps: int) -> StepSchedule:
+        """Shorten the run to `total_steps` from `step` on, milestones included."""
+        share = (total_steps - step) / (self.total_steps - step)
+        moved = tuple(at if at <= step else round(step + (at - step) * share) for at in self.milestones)
+        return replace(super().shorten(step, total_steps), milestones=moved)
 
     def plan(self) -> dict[str, Any]:
         return {key: value for key, value in super().plan().items() if key != "multiplier"}

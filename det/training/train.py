@@ -23,7 +23,8 @@ from crossmae.training import loop
 from crossmae.training.config import RunSettings
 from crossmae.training.devices import open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
-from crossmae.training.resume import is_complete
+from crossmae.training.resume import is_complete, shorten_schedule
+from det.backbone.record import detector_metadata, training_metadata
 from det.backbone.weights import build_detector, build_trained, load_weights
 from det.classes import Classes, classes_of, pair_categories, registered_classes, remember_classes, without_spare
 from det.config import FINAL, RECORD, flatten, read_keys
@@ -33,7 +34,7 @@ from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
 from det.inference.precision import check_precision
 from det.library_warnings import library_warnings_ignored
-from det.training.checkpoint import find_checkpoint, record_run, shared_settings, write_final
+from det.training.checkpoint import data_names, find_checkpoint, record_run, shared_settings, write_final
 from det.training.console import log_file
 from det.training.evaluations import Evaluations, Results
 from det.training.optimizer import describe_schedule, parameter_groups, resolve_schedule
@@ -103,7 +104,9 @@ def build_job(
     check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     classes = registered_classes(cfg.DATASETS.TRAIN[0])
     check_evaluated(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.DATASETS.TEST)
+    start = find_checkpoint(folder, resume)
     schedule = resolve_schedule(solver, keys.TEST, len(samples), ranks.world_size)
+    schedule = shorten_schedule(schedule, start, solver.SHORTEN_TO or None, "SOLVER.SHORTEN_TO")
     log.info("%s", describe_schedule(schedule, solver, len(samples), depth))
     open_loader = partial(
         build_train_loader,
@@ -119,13 +122,15 @@ def build_job(
     # The initial weights: a checkpoint of this run, given weights, or random weights.
     model = build_detector(cfg)
     remember_classes(model, classes)
-    start = find_checkpoint(folder, resume)
     settings = shared_settings(dict(flatten(cfg)), len(samples), ranks.world_size)
     fingerprint = {key: json.dumps(value) for key, value in settings.items()}
     complete = is_complete(start, schedule.last_step, fingerprint, FINAL, "OUTPUT_DIR")
     loaded = None if start else load_weights(model, cfg)
-    origin = recorded_inheritance(start / MODEL) if start else inherited(None, loaded.assumed) if loaded else {}
-    metadata = origin | (classes.metadata() if classes else {})
+    origin = recorded_inheritance(start / MODEL) if start else inherited()
+    if loaded:
+        origin = inherited(loaded.licence, loaded.assumed, Path(cfg.MODEL.WEIGHTS).name)
+    values, data = dict(flatten(cfg)), data_names(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    metadata = origin | detector_metadata(values, classes) | training_metadata(values, data, len(samples))
     # The optimizer, and the evaluations.
     groups = parameter_groups(model, solver, depth)
     # detectron2 clips in the optimizer's step. With a loss scaler, a fused step would clip scaled gradients.

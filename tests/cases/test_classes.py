@@ -53,7 +53,7 @@ def detector(written: Written, tmp_path: Path) -> Path:
     model = build_model(cfg)
     categories = json.loads((folder / "coco.json").read_text())["categories"]
     remember_classes(model, Classes(*zip(*((one["name"], one["id"]) for one in categories), strict=True)))
-    write_detector(run / "model_final.pth", model.state_dict(), classes_of(model).metadata(), 1)
+    write_detector(run / "model_final.safetensors", model.state_dict(), classes_of(model).metadata(), 1)
     return run
 
 
@@ -62,7 +62,7 @@ def test_evaluation_on_other_classes(case: str, detector: Path, written: Written
     code, pattern = EVALUATED[case]
     folder = written("detection/generate.py", case) / case
     data = ["--val-json", folder / "coco.json", "--val-images", folder / "images"]
-    weights = [f"MODEL.WEIGHTS={detector / 'model_final.pth'}", f"OUTPUT_DIR={tmp_path / 'out'}"]
+    weights = [f"MODEL.WEIGHTS={detector / 'model_final.safetensors'}", f"OUTPUT_DIR={tmp_path / 'out'}"]
     config = ["--config-file", folder / "tiny.yaml"]
     found, output = tool(train_net.main, *config, "--eval-only", *data, *weights)
     assert found == code, output

@@ -17,6 +17,7 @@ import crossmae
 from crossmae.doctor import MODULES, library_name, read_lists
 
 PUBLIC = {
+    "Classifier",
     "CrossMAE",
     "CrossMAEOutput",
     "PretrainConfig",

@@ -36,18 +36,18 @@ def trained(cfg: CfgNode, tmp_path: Path) -> Any:
     model = build_model(cfg)
     remember_classes(model, TRAINED)
     (tmp_path / "run").mkdir()
-    write_detector(tmp_path / "run" / "model_final.pth", model.state_dict(), classes_of(model).metadata(), 1)
-    cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.pth")
+    write_detector(tmp_path / "run" / "model_final.safetensors", model.state_dict(), classes_of(model).metadata(), 1)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.safetensors")
     return model
 
 
 def test_every_weight_file_carries_its_classes_and_they_win_over_a_stranger_next_to_it(
     trained: Any, tmp_path: Path
 ) -> None:
-    weights = read_weights(tmp_path / "run/model_final.pth")
+    weights = read_weights(tmp_path / "run/model_final.safetensors")
     (tmp_path / "run/run.json").write_text(json.dumps({"classes": ["x"], "category_ids": [1]}))
     assert recorded_classes(weights.path, weights.metadata, 3) == TRAINED
-    with pytest.raises(UserError, match=r"run\.json: has 1 class name. The detector model_final\.pth needs 3"):
+    with pytest.raises(UserError, match=r"run\.json: has 1 class name. The detector model_final\.safetensors needs 3"):
         recorded_classes(weights.path, {}, 3)
     (tmp_path / "run/run.json").write_text("{")
     assert recorded_classes(weights.path, {}, 3) is None
@@ -140,7 +140,7 @@ def test_rows_of_the_heads_follow_their_names(
     cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = agnostic
     old = build_model(cfg)
     remember_classes(old, TRAINED)
-    write_detector(tmp_path / "run" / "model_final.pth", old.state_dict(), classes_of(old).metadata(), 1)
+    write_detector(tmp_path / "run" / "model_final.safetensors", old.state_dict(), classes_of(old).metadata(), 1)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     model = build_model(cfg)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -21,8 +21,13 @@ SCRIPT = """
 import sys
 import numpy as np
 import det
-predictor = det.Predictor(sys.argv[1] + "/config.yaml", sys.argv[1] + "/model_final.pth")
-assert len(predictor(np.full((48, 64, 3), 90, np.uint8)))
+predictor = det.Predictor.from_pretrained(sys.argv[1])
+pixels = np.full((48, 64, 3), 90, np.uint8)
+found = predictor(pixels)
+assert len(predictor.names(found)) == len(found) > 0
+predictor.draw(pixels, found)
+predictor.save_pretrained(sys.argv[1] + "/saved")
+assert len(det.Predictor.from_pretrained(sys.argv[1] + "/saved")(pixels)) == len(found)
 """
 
 

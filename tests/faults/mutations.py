@@ -81,7 +81,7 @@ MUTATIONS = {
     "measured_after_the_save": Mutation(
         "measurements wait for the checkpoint of their step",
         "crossmae/training/loop.py",
-        "        if job.callbacks.is_due(state.step):\n            self.writer.wait()\n",
+        "        if due:\n            self.writer.wait()\n",
         "",
         (EXACT, "-k", "measurements_do"),
     ),

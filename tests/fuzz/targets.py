@@ -19,7 +19,18 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from crossmae.checkpoints.conversion.inspection import inspect
-from crossmae.checkpoints.metadata import CLASSES, DIGEST, FORMAT, PICKLED_METADATA, PIXEL_MEAN, PIXEL_STD, digest
+from crossmae.checkpoints.formats.model_card import model_card
+from crossmae.checkpoints.formats.training_record import read_run
+from crossmae.checkpoints.metadata import (
+    CLASSES,
+    DIGEST,
+    FORMAT,
+    PICKLED_METADATA,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    TRAINING,
+    digest,
+)
 from crossmae.checkpoints.pretrained import load_pretrained
 from crossmae.checkpoints.run_checkpoint import read_state
 from crossmae.checkpoints.weights import read_weights, save_weights
@@ -293,6 +304,9 @@ def _write_run(folder: Path) -> None:
     rows += [{"step": 10, "epoch": 1.0, "top1": 0.5, "val_loss": 0.5}]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "broken.jsonl").write_text(json.dumps({"name": "a.png", "reason": "cut off"}) + "\n")
+    data = {"train": {"name": "t", "images": 4}}
+    training = {"data": data, "recipe": {"optim.lr": 0.1}, "figures": {"top1": 0.5}, "step": 10}
+    (folder / "training.json").write_text(json.dumps(training))
     checkpoint = folder / "checkpoints/step-00000010"
     checkpoint.mkdir(parents=True)
     record = {"plan": {"images": 4, "images_per_step": 2}, "versions": {"timm": "1"}, "fingerprint": {"images": "4"}}
@@ -312,6 +326,14 @@ def _continue_run(folder: Path, _: list[str]) -> None:
     truncate_log(folder / "log.jsonl", 5)
     read_log(folder / "log.jsonl", "epoch")
     read_json_lines(folder / "broken.jsonl", name=str)
+
+
+def _describe_run(folder: Path, _: list[str]) -> None:
+    """Write the record of a run into a file's metadata, and a model card from it."""
+    record = read_run(folder, 10).metadata()
+    model_card("a", "finetuned", {}, record)
+    record[TRAINING] = (folder / "training.json").read_text(errors="replace")
+    model_card("a", "finetuned", {}, record)
 
 
 def _read_state(folder: Path, _: list[str]) -> None:
@@ -345,6 +367,7 @@ TARGETS: dict[str, Target] = {
         lambda folder: write_classifier(folder, ["a", "b"]), lambda folder, _: load_classifier(folder)
     ),
     "run folder": Target(_write_run, _continue_run, kept=(".png",)),
+    "record of a run": Target(_write_run, _describe_run, kept=(".png", ".safetensors")),
     "state of a run": Target(_write_run, _read_state, kept=(".png", ".json", ".jsonl", ".yaml", ".safetensors")),
     "report of a classifier": Target(_write_run, lambda folder, _: build_report(folder), kept=(".png", ".safetensors")),
     "rows of results": Target(_write_rows, lambda folder, _: read_rows(folder / "rows.jsonl")),

@@ -135,7 +135,7 @@ def test_the_right_input_is_accepted(files: Path) -> None:
     pretrain_with()()
     assert (files / "OUT/model.safetensors").is_file()
     detect_with("MODEL.WEIGHTS=right.safetensors", "OUTPUT_DIR=OUT2", "SOLVER.MAX_ITER=1")()
-    assert (files / "OUT2/model_final.pth").is_file()
+    assert (files / "OUT2/model_final.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ tests/tools/test_start.py has the help of every subcommand.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import pytest
 
 from crossmae.errors import COMMANDS, UserError
 from tests.tools.command_line import exit_code
+from tests.tools.test_start import HEAVY
 from tools import check_coco, command, inspect_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +106,40 @@ def test_an_import_error_of_another_kind_stays(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(command, "load", lambda name: SimpleNamespace(main=main))
     with pytest.raises(ImportError, match="a fault of ours"):
         command.run_command(["probe"])
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What a shell is told about the end of a line, by an interpreter that loads no heavy library for it."""
+    answer = folder / "answer"
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    words = [sys.executable, "-X", "importtime", ROOT / "tools/command.py"]
+    done = subprocess.run(words, cwd=folder, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [name for name in HEAVY if re.search(rf"\| +{name}$", done.stderr, re.M)]
+    return answer.read_text("utf-8").replace("\\", "").split()
+
+
+def test_tab_completes_subcommands(tmp_path: Path) -> None:
+    assert completed("crossmae ", tmp_path) == ["-h", "--help", "--version", *COMMANDS]
+    assert completed("crossmae install", tmp_path) == ["install-detectron2"]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "check", "install-detectron2"])
+def test_tab_completes_the_options_of_a_subcommand(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main([name, "--help"])
+    arguments = capsys.readouterr().out.partition("\noptions:\n")[2]
+    options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", arguments, re.M)
+    assert completed(f"crossmae {name} --", tmp_path) == options
+    assert "--help" in options
+
+
+def test_tab_completes_the_names_of_configs_and_files(tmp_path: Path) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "mine.yaml").touch()
+    found = completed("crossmae pretrain --resume --config-file pretrain/", tmp_path)
+    assert {"pretrain/small.yaml", "pretrain/mine.yaml"} < set(found)
+    assert all(name.startswith("pretrain/") for name in found)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
-from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
+from crossmae.checkpoints.reading import detector_file, first_line, hub_advice
 from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.other_files import (
     failed_download,
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 # Names of weight files in folders of transformers and timm. An index lists the shards of a large model.
 HUB_FILES = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_CONFIG = "config.json"
-_MAX_POINTER = 256
 _STEP_FOLDER = re.compile(r"step-\d+")
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl", ".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
@@ -93,6 +92,7 @@ def find_file(path: Path) -> Path:
     where = "" if full == path else f" ({full})"
     raise UserError(
         f"{path}: no such file or folder{where}. Correct the path: the nearest folder that exists is {parent}."
+        f"{hub_advice(path)}"
     )
 
 
@@ -240,21 +240,12 @@ def _find_in_folder(folder: Path) -> Path:
     raise UserError(f"{folder}: a folder without weights, {missing}. Name {remedy}.")
 
 
-def detector_file(folder: Path) -> Path | None:
-    """Find the best weights, else the last weights, of a detector's run."""
-    last = folder / DETECTOR_LAST
-    pointed = last.read_text(encoding="utf-8", errors="replace")[:_MAX_POINTER].strip() if last.is_file() else ""
-    names = (DETECTOR_BEST, Path(pointed).name, DETECTOR_FINAL)
-    return next((folder / name for name in names if name and (folder / name).is_file()), None)
-
-
 def _deepspeed_file(folder: Path) -> Path | None:
     """Find the model in a checkpoint of DeepSpeed.
 
     Raises UserError if the model is in several parts.
     """
-    latest = folder / "latest"
-    name = latest.read_text(encoding="utf-8", errors="replace")[:_MAX_POINTER].strip() if latest.is_file() else ""
+    name = first_line(folder / "latest")
     inside = folder / Path(name).name if name else folder
     parts = sorted(inside.glob("*model_states.pt"))
     if len(parts) > 1 or (not parts and list(islice(inside.glob("*optim_states.pt"), 1))):

@@ -20,9 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from crossmae.data.parallel import READERS, map_in_order
+from crossmae.data.parallel import READERS, Progress, map_in_order
 from crossmae.data.sources import Source
 from crossmae.files import name_write_errors, write_atomically
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
@@ -46,7 +45,7 @@ def data_digest(source: Source, name: str = "images") -> str:
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     indices = range(len(source))
     stamps = map_in_order(source.stamp, indices, READERS)
-    bar = tqdm(stamps, f"look for changes of {name}", len(source), leave=False, unit="img", dynamic_ncols=True)
+    bar = Progress(stamps, f"look for changes of {name}", len(source), leave=False, unit="image")
     for index, stamp in zip(indices, bar, strict=True):
         digest.update(json.dumps([source.name(index), stamp, source.label(index)]).encode())
     return digest.hexdigest()

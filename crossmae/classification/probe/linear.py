@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from crossmae.classification.evaluation.metrics import accuracy_of, mean_of
 from crossmae.classification.probe.cache import CachedFeatures
 from crossmae.classification.probe.config import LinearConfig
 from crossmae.classification.vit import build_head
 from crossmae.data.batches import keyed_randomness
+from crossmae.data.parallel import Progress
 from crossmae.training.schedule import lr_at
 
 MOMENTUM, TRUST = 0.9, 0.001
@@ -92,7 +92,7 @@ def train_linear(features: Tensor, labels: Tensor, num_classes: int, settings: L
         orders = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     peak, warmup, total = peak_lr(settings), settings.warmup_epochs * per_epoch, settings.epochs * per_epoch
     optimizer = lars(head, peak)
-    for epoch in tqdm(range(settings.epochs), f"linear, seed {seed}", leave=False, unit="epoch", dynamic_ncols=True):
+    for epoch in Progress(range(settings.epochs), f"linear, seed {seed}", leave=False, unit="epoch"):
         order = torch.randperm(count, generator=orders).to(features.device)
         for index in range(per_epoch):
             for group in optimizer.param_groups:

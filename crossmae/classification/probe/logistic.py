@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from tqdm import tqdm
 
 from crossmae.classification.evaluation.metrics import Accuracy, accuracy_of, mean_of
 from crossmae.classification.probe.cache import CachedFeatures
+from crossmae.data.parallel import Progress
 from crossmae.errors import UserError, shorten
 from crossmae.pretraining.neighbours import feature_statistics, scale
 
@@ -135,7 +135,7 @@ def run_few_shot(
     rows = []
     for per_class in sorted(set(shots)):
         accuracies = []
-        for seed in tqdm(seeds, f"few shots, {per_class}", leave=False, unit="seed", dynamic_ncols=True):
+        for seed in Progress(seeds, f"few shots, {per_class}", leave=False, unit="seed"):
             chosen, name = sample(train.labels, per_class, seed), f"few shots, {per_class} per class, seed {seed}"
             fitted = fit(train.features[chosen], train.labels[chosen], strength, max_iterations, name)
             accuracies.append(asdict(accuracy_of(fitted.classify(val.features), val.labels)))

@@ -65,7 +65,7 @@ from crossmae.models.class_names import pair_names, rows_by_name, start_notes
 from crossmae.models.sizes import SIZES
 from crossmae.pretraining.initial_weights import compare_pixels, say_assumed
 from crossmae.training.devices import describe_place
-from crossmae.training.log import NAMES, RunLog, announce_steps, describe
+from crossmae.training.log import EVALUATION, NAMES, RunLog, announce_steps, describe
 from crossmae.training.loop import (
     Callbacks,
     Job,
@@ -78,7 +78,7 @@ from crossmae.training.loop import (
 )
 from crossmae.training.optimizers import make_optimizer
 from crossmae.training.processes import Ranks
-from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete
+from crossmae.training.resume import EMA_WEIGHTS, IMAGE_NAMES, WEIGHTS, find_start, is_complete, shorten_schedule
 from crossmae.training.schedule import Schedule, make_schedule
 from crossmae.training.state import Diverged, Losses, TrainingState
 
@@ -118,6 +118,7 @@ def build_job(config: FinetuneConfig, resume: bool, ranks: Ranks, device: torch.
     order = (ranks.rank, ranks.world_size, source.groups, data.shuffle_shards)
     batches = BatchPlan(len(source), optim.batch_size, seed, *order)
     schedule = make_schedule(batches, optim, config.schedule)
+    schedule = shorten_schedule(schedule, start, config.schedule.shorten_to, "schedule.shorten_to")
     # Settings that must not change on resuming. They include the classes, and the evaluation crop that decides the best
     # weights.
     fingerprint = config.fingerprint(schedule.images, precision, ranks.world_size) | {
@@ -221,21 +222,27 @@ class Judge(Callbacks):
             state.model.eval()
             state.model.get_submodule("head").train()
 
-    def is_due(self, step: int) -> bool:
-        """Return true at the end of a period."""
-        return self.data is not None and self.schedule.ends_period(step, self.settings.every_epochs)
+    def due(self, step: int) -> tuple[str, ...]:
+        """Name the evaluation at the end of a period."""
+        is_due = self.data is not None and self.schedule.ends_period(step, self.settings.every_epochs)
+        return (EVALUATION,) if is_due else ()
 
     def measure(self, state: TrainingState, records: RunLog) -> None:
         """Evaluate if it is due, and keep the best weights."""
         step = state.step
-        if self.data is None or not self.is_due(step):
+        if self.data is None or not self.due(step):
             return
-        values: dict[str, float] = {}
+        with records.timed(EVALUATION):
+            self.evaluate(self.data, state, records)
+
+    def evaluate(self, data: EvaluationSet, state: TrainingState, records: RunLog) -> None:
+        """Evaluate, and keep the best weights."""
+        step, values = state.step, dict[str, float]()
         for suffix, model in state.models.items():
             for buffer in model.buffers():  # average running statistics: all processes must evaluate the same model
                 if buffer.is_floating_point():
                     buffer.copy_(state.ranks.mean(buffer.clone()))
-            predictions = evaluate(model, self.data, state.device, state.autocast, state.ranks)
+            predictions = evaluate(model, data, state.device, state.autocast, state.ranks)
             scores = score(predictions, len(self.class_names))
             values |= {f"{name}{suffix}": value for name, value in headline(scores).items()}
             if not all(map(math.isfinite, values.values())):
@@ -246,7 +253,7 @@ class Judge(Callbacks):
                 about = {"weights": BEST, "weights_are": "averaged" if suffix else "as trained"}
                 about |= {"step": step, "epoch": self.schedule.epoch(step)} | self.about
                 how = (self.class_names, about, self.settings.hardest)
-                write_results(self.folder / FOLDER, self.data.images, predictions, scores, *how)
+                write_results(self.folder / FOLDER, data.images, predictions, scores, *how)
         records.announce(step, values)
 
     def finish(self) -> None:
@@ -357,7 +364,7 @@ def build_model(
         weights = read_weights(file) if file else None
     architecture = architecture_of(weights, **given) if weights else architecture_from(given, str(settings.name))
     model = build_vit(architecture, len(classes), settings.pool, settings.drop_path, settings.head)
-    origin = recorded_inheritance(file) if start and file else {}
+    origin = recorded_inheritance(file) if start and file else inherited()
     if weights and not start:
         compare_pixels(weights, data)
         warn_of_untrained_blocks(weights, architecture.depth)
@@ -365,7 +372,7 @@ def build_model(
         log.info("model.init: the encoder of %s: %s", weights.path, report.summary())
         found = assumed(report.assumed, () if settings.num_heads is None else ("num_heads",))
         say_assumed(found, MODEL_KEYS)
-        origin = inherited(report.licence, found)
+        origin = inherited(report.licence, found, file.name if file else "")
         if weights.metadata.get(FORMAT) == CLASSIFIER:
             start_head(model, weights, settings, classes)
     if settings.freeze:

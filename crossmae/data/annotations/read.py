@@ -8,6 +8,7 @@ the splits of a data.yaml nor masks of values, and has to be told the format and
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import load_json, load_yaml, make_folder
 
 OPENED = 3  # files of a kind that are looked into
+MASK_FOLDERS = COMPANIONS - {"label", "labels", "annotation", "annotations", "annot", "annots"}
 KNOWN = "COCO json, YOLO, Pascal VOC, LabelMe and masks as PNG files"
 # Other formats by words at the start of a file: what they are, and what to export instead.
 OTHER_STARTS = {
@@ -76,6 +78,21 @@ class _Found:
         return {name: files[0] for name, files in by_name.items() if files}
 
 
+def is_coco_path(labels: Path) -> bool:
+    """Check for a file that is read as COCO json without conversion."""
+    return labels.suffix.lower() not in (".yaml", ".yml", ".xml", ".txt") and not labels.is_dir()
+
+
+def has_annotations(path: Path) -> bool:
+    """Check for a data.yaml, or a folder with label files.
+
+    Masks are not recognised, because they look like images.
+    """
+    return path.suffix.lower() in (".yaml", ".yml") or (
+        path.is_dir() and bool(_look(path, relative_files(path)).formats())
+    )
+
+
 def read_annotations(labels: Path, images: Path | None = None) -> AnnotationSet:
     """Read annotations of any known format.
 
@@ -106,19 +123,25 @@ def read_annotations(labels: Path, images: Path | None = None) -> AnnotationSet:
 
 
 def coco_file(
-    labels: Path, images: Path | None, split: str, target: Path, log: Callable[[str], None]
+    labels: Path, images: Path | None, split: str, target: Path, *, shared: bool, log: Callable[[str], None]
 ) -> tuple[Path, Path]:
     """Return a COCO file and the image folder of one split.
 
     A COCO json stays where it is. Anything else is written to `target`.
 
     Args:
-        split: "train", "val" or "test". Annotations without splits are taken as a whole.
+        split: "train", "val" or "test". Annotations without splits are taken as a whole, unless they are `shared`.
+        shared: another split is taken from the same annotations.
         log: gets a line about what was read and written.
 
     Raises the errors of `read_annotations`, and UserError if there is no such split.
     """
     found = read_annotations(labels, images)
+    if shared and not found.has_splits:
+        raise UserError(
+            f"{labels}: has no splits, so training and validation would be the same. Split it: "
+            f"python tools/split_labels.py {shlex.quote(str(labels))} --output OUT"
+        )
     one = choose_split(found, labels, split)
     for remark in found.remarks:
         log(f"{labels}: {remark}")
@@ -145,7 +168,7 @@ def choose_split(found: AnnotationSet, labels: Path, split: str) -> AnnotatedSpl
         there = " and ".join(found.splits)
         raise UserError(
             f"{labels}: has no split {split!r}, only {there}. Split it again: "
-            f"python tools/split_labels.py {labels} --again --output OUT"
+            f"python tools/split_labels.py {shlex.quote(str(labels))} --again --output OUT"
         )
     return found.splits[split]
 
@@ -236,12 +259,17 @@ def _is_yolo_yaml(path: Path) -> bool:
 def _open_images(folder: Path, names: list[str], images: Path | None) -> ImageFinder:
     """Find the images in their folder, or among or near the labels."""
     if images is not None:
-        return ImageFinder(images, relative_files(images))
+        return ImageFinder(images, _without_masks(relative_files(images)))
     if any(map(is_image_name, names)):
-        return ImageFinder(folder, names)
+        return ImageFinder(folder, _without_masks(names))
     parent = folder.absolute().parent
     places = [parent / name for name in IMAGE_FOLDERS if (parent / name).is_dir()]
     return ImageFinder(places[0], relative_files(places[0])) if places else ImageFinder(folder, [])
+
+
+def _without_masks(names: list[str]) -> list[str]:
+    """Leave out files in folders such as `SegmentationClass`, unless all are there."""
+    return [name for name in names if not MASK_FOLDERS & {part.lower() for part in name.split("/")[:-1]}] or names
 
 
 def _find_masks(folder: Path, names: list[str], finder: ImageFinder) -> tuple[list[str], ImageFinder]:

@@ -172,7 +172,8 @@ class ImageFinder:
             key = _key(os.path.join(os.path.dirname(label), os.path.basename(stem)))
             found = self._by_key.get(key) or self._by_stem.get(key[-1], [])
             exact = [name for name in found if _stem(name) == _stem(stem)]
-            same = [name for name in exact if os.path.basename(name) == os.path.basename(named)]
+            whole = (os.path.basename(named), os.path.splitext(os.path.basename(label))[0])  # `a.jpg.txt`
+            same = [name for name in exact if os.path.basename(name) in whole]
             if found:
                 return same or exact or found
         return []

@@ -214,4 +214,4 @@ def _crop(image: Image.Image, box: Box) -> Image.Image:
 
 def describe_crops(numbers: Mapping[str, int]) -> str:
     """Count the crops by class in words."""
-    return shorten([f"{number:,} {name}" for name, number in sorted(numbers.items())], 10)
+    return shorten([f"{number:,} of {name}" for name, number in sorted(numbers.items())], 10)

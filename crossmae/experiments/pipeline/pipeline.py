@@ -311,6 +311,11 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
 def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
     """Read what tools/split_labels.py wrote."""
     folders = read_json(folder / "split.json")["images"]
+    if lacking := [name for name in ("train", "val") if name not in folders]:
+        raise UserError(
+            f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
+            "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
+        )
     parts = []
     for name in ("train", "val"):
         path = folder / f"{name}.json"

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from crossmae.data.annotations.read import coco_file, has_annotations, read_annotations
 from crossmae.data.sources import open_source
 from crossmae.data.sources.source import Source
 from crossmae.errors import UserError, named_by, shorten
@@ -37,7 +38,7 @@ class LabelledPart:
     """Labelled images of one split.
 
     Attributes:
-        labels: COCO json for a detector. For a classifier, a folder per class or a list.
+        labels: COCO json, or labels of another tool, for a detector. For a classifier, a folder per class or a list.
         images: folder of the images that a json names.
     """
 
@@ -90,12 +91,28 @@ def prepare_labels(
     for key, part in (("LABELS", labels), ("--val-labels", val)):
         if part and not part.labels.exists():
             raise UserError(f"{key}: {part.labels} does not exist. Name a COCO json or a folder per class.")
+    labels, val = _convert(labels, val, folder)
     if labels.labels.suffix.lower() == ".json":
         return _prepare_coco(labels, val, unlabelled, shares, seeds, folder)
     for flag, part in (("--label-images", labels), ("--val-images", val)):
         if part and part.images:
             raise UserError(f"{flag}: only a COCO json needs it. Leave it out: {part.labels} is no json.")
     return _prepare_classes(labels.labels, val.labels if val else None, unlabelled, shares, seeds, folder)
+
+
+def _convert(labels: LabelledPart, val: LabelledPart | None, folder: Path) -> tuple[LabelledPart, LabelledPart | None]:
+    """Convert labels of other tools to COCO files.
+
+    Without labels to evaluate on, the validation split of the labels is taken.
+    """
+    parts = {"train": labels, "val": val}
+    if val is None and has_annotations(labels.labels) and read_annotations(labels.labels, labels.images).has_splits:
+        parts["val"] = labels
+    for split, part in parts.items():
+        if part is not None and has_annotations(part.labels):
+            target = folder / f"{split}.json"
+            parts[split] = LabelledPart(*coco_file(part.labels, part.images, split, target, shared=False, log=log.info))
+    return parts["train"] or labels, parts["val"]
 
 
 def _prepare_coco(

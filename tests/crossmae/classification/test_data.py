@@ -4,7 +4,9 @@ images depend on (seed, epoch, index) alone.
 
 from __future__ import annotations
 
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,13 @@ from crossmae.classification.data import (
     CentreViews,
     TrainImages,
     Views,
+    collate_labelled,
     find_classes,
     label_targets,
     read_class_names,
 )
 from crossmae.classification.train.augment import keyed_everywhere, train_view
+from crossmae.data.batches import BatchPlan, build_loader
 from crossmae.data.pixels import centre_view, published_crop_pct, to_tensor
 from crossmae.data.sources import open_source
 from crossmae.errors import UserError
@@ -100,6 +104,25 @@ def test_a_sample_depends_on_its_key_alone(tmp_path: Path) -> None:
     assert not torch.equal(first, sample(1, 2, 5))
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     assert after == (random.random(), np.random.rand(), torch.rand(()).item())  # the generators were left alone
+
+
+def test_a_spawned_worker_reads_the_batches_of_a_forked_one(
+    tmp_path: Path, start_method: Callable[[str], None]
+) -> None:
+    """As on macOS and Windows: a policy, erasing, and the views of an evaluation."""
+    source = open_source(write_classes(tmp_path), "data.train")
+    targets, plan = label_targets(source, "data.train", CLASSES), BatchPlan(len(source), 4, 7)
+    view = train_view((32, 32), (0.2, 1.0), 0.5, "rand-m9-mstd0.5-inc1", 0.0, MEAN)
+    images = TrainImages(source, targets, view, 0, 3, 8, "error")
+    found = []
+    for method in ("fork", "spawn"):
+        start_method(method)
+        loader = build_loader(images, plan, 0, 3, 1, False, collate_labelled)
+        found.append([[part.numpy() for part in batch[:3]] for batch in loader])
+    assert len(found[0]) == 3
+    np.testing.assert_equal(found[1], found[0])
+    views = CentreViews(source, targets, Views((32, 32), 0.9, MEAN, MEAN, 8))
+    assert torch.equal(pickle.loads(pickle.dumps(views))[1][0], views[1][0])
 
 
 def test_the_policy_is_timms_with_its_own_settings() -> None:

@@ -174,6 +174,40 @@ def test_other_errors_stay_as_they_are() -> None:
         assert caught.value is error
 
 
+AS_ON_WINDOWS = """
+import signal, types
+import torch.multiprocessing
+import crossmae.data.workers
+lacking = ("pthread_sigmask", "sigwaitinfo", "SIGHUP", "SIGUSR1")
+there = {name: value for name, value in vars(signal).items() if name not in lacking}
+crossmae.data.workers.signal = types.SimpleNamespace(**there)  # also in the worker, which runs this file first
+crossmae.data.workers.SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from tests.crossmae.data.test_workers import Numbers, open_loader
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    print([batch.tolist() for batch in open_loader(Numbers(), 1)])
+"""
+
+
+class Numbers:
+    """Ten numbers."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_workers_start_without_forks_and_signal_masks(tmp_path: Path) -> None:
+    """As on Windows, which nothing was run on."""
+    (tmp_path / "script.py").write_text(AS_ON_WINDOWS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]\n", done.stderr
+
+
 class Large:
     def __len__(self) -> int:
         return 100

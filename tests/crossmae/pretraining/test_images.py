@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +94,22 @@ def test_batches_are_those_of_the_cpu_to_two_grey_levels(mixed: Path, workers: i
         assert (views.int() - images_on(CPU, batch.images).int()).abs().max() <= 2
         assert torch.equal(packed.noise, batch.noise)
         assert torch.equal(packed.indices, batch.indices)
+
+
+def test_a_spawned_worker_reads_the_batches_of_a_forked_one(mixed: Path, start_method: Callable[[str], None]) -> None:
+    """As on macOS and Windows. What crops on the device need is sent, too."""
+    plan = BatchPlan(8, 4, 7)
+    found = []
+    for method in ("fork", "spawn"):
+        start_method(method)
+        loader = build_loader(images_of(PretrainImages, mixed), plan, 0, 3, 1, False, collate_pretraining)
+        found.append([[part.numpy() for part in batch[:3]] for batch in loader])
+    assert len(found[0]) == 3
+    np.testing.assert_equal(found[1], found[0])
+    sent, collate = pickle.loads(pickle.dumps((images_of(DecodedCrops, mixed), partial(collate_decoded, SIZE))))
+    packed = [collate([images[0, index] for index in range(4)]) for images in (sent, images_of(DecodedCrops, mixed))]
+    assert torch.equal(packed[0].images.pixels, packed[1].images.pixels)
+    assert torch.equal(packed[0].noise, packed[1].noise)
 
 
 def test_a_batch_keeps_its_parts_when_its_memory_is_pinned(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

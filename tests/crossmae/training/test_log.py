@@ -1,4 +1,4 @@
-"""Proves what the log of a run survives and where else it goes."""
+"""Proves what the log of a run survives, where else it goes, and that the estimated time is that of the steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from crossmae.errors import UserError
-from crossmae.training.log import RunLog, start_wandb, truncate_log
+from crossmae.training import log as log_module
+from crossmae.training.log import RunLog, TimeAhead, describe_machine, start_wandb, truncate_log
 from crossmae.training.schedule import Schedule
 
 
@@ -66,3 +68,84 @@ def test_training_goes_on_without_tensorboard(
     assert [row["step"] for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [1, 2, 3]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "TensorBoard ends, training continues: No space left on device" in caplog.text
+
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that moves when it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(log_module, "clock", clock)
+    return clock
+
+
+@pytest.mark.parametrize("first", [0, 860], ids=["new", "resumed"])
+def test_the_estimate_is_the_time_of_the_steps_that_remain(
+    clock: Clock, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """Neither the slow first step nor a save counts, and it is logged once."""
+    caplog.set_level("INFO")
+    ahead = TimeAhead(1860, lambda step: (), {}, CPU, 1)
+    for step in range(first + 1, first + 9):
+        clock.now += 100 if step == first + 1 else 1.8
+        ahead.count(step)
+        if step == first + 2:
+            clock.now += 40
+            ahead.leave_out(40)
+    # After 3 steps of 1.8 s and at least 5 s: 5.4 s, 4 steps are done.
+    (line,) = [record.getMessage() for record in caplog.records]
+    left = 1860 - first - 4
+    minutes = round(left * 1.8 / 60)
+    threads = describe_machine(CPU, 1)
+    assert threads == f"this machine ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+    expected = f"about {minutes} min for the remaining {left:,} steps on {threads}; stop any time with Ctrl-C"
+    assert line == expected
+
+
+def test_the_estimate_has_evaluations_as_soon_as_their_time_is_known(
+    clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    schedule = Schedule(8, 1, 4, 1, 2, 1000, 1000, 1000, 0.0, 0.1, 0.0)
+    records = RunLog(tmp_path, schedule, 0, False, False, "test", None)
+    due = {100: ("validation", "pictures"), 500: ("pictures",), 1000: ("validation", "pictures")}
+    ahead = TimeAhead(1000, lambda step: due.get(step, ()), records.seconds, CPU, 2)
+    with records.timed("pictures"):  # before the first step
+        clock.now += 60
+    for step in range(1, 103):
+        clock.now += 6
+        for kind in due.get(step, ()):
+            with records.timed(kind):
+                clock.now += 1200 if kind == "validation" else 120
+            ahead.leave_out(1200 if kind == "validation" else 120)
+        ahead.count(step)
+    first, second = [record.getMessage() for record in caplog.records]
+    threads = describe_machine(CPU, 2)
+    # 996 steps of 6 s and three times 60 s; then 900 steps, 1,200 s and two times 120 s.
+    assert first == (
+        f"about 103 min for the remaining 996 steps and 3 evaluations on {threads}, without 2 evaluations of unknown "
+        "time; stop any time with Ctrl-C"
+    )
+    assert second == (
+        f"about 114 min for the remaining 900 steps and 3 evaluations on {threads}; stop any time with Ctrl-C"
+    )
+
+
+def test_one_very_long_step_is_enough(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    ahead = TimeAhead(100, lambda step: (), {}, CPU, 1)
+    for step in (1, 2):
+        clock.now += 600
+        ahead.count(step)
+    assert caplog.records[0].getMessage().startswith("about 16 h 20 min for the remaining 98 steps on ")

@@ -18,7 +18,9 @@ from crossmae.checkpoints import run_checkpoint
 from crossmae.checkpoints.run_checkpoint import CheckpointWriter, complete_checkpoints, step_of
 from crossmae.errors import UserError
 from crossmae.pretraining.train import Judges, pretrain
+from crossmae.training import log as log_module
 from crossmae.training import state as run_module
+from crossmae.training.log import TimeAhead
 from tests.crossmae.pretraining.runs import assert_same, build, digest, log_lines, make_config
 
 
@@ -31,6 +33,23 @@ def test_resume_is_exact_to_the_bit(images: Path, tmp_path: Path, stop: int, wor
     torch.manual_seed(1234)
     pretrain(make_config(images, tmp_path / "parts", **settings), resume=True)
     assert_same(digest(tmp_path / "whole"), digest(tmp_path / "parts"))
+
+
+def test_the_estimate_of_the_time_changes_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged in the middle of a run, and after a restart for the steps that remain."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeAhead, "count", lambda *_: None)
+        pretrain(make_config(images, tmp_path / "without"))
+    caplog.set_level("INFO")
+    monkeypatch.setattr(log_module, "TIMED_STEPS", 1)
+    monkeypatch.setattr(log_module, "TIMED_SECONDS", 0.0)
+    pretrain(make_config(images, tmp_path / "with", schedule={"max_steps": 5}))
+    assert "for the remaining 3 steps on this machine" in caplog.text
+    pretrain(make_config(images, tmp_path / "with"), resume=True)
+    assert "for the remaining 5 steps on this machine" in caplog.text
+    assert_same(digest(tmp_path / "without"), digest(tmp_path / "with"))
 
 
 def test_checkpoints_that_a_killed_run_did_not_delete_are_deleted(images: Path, tmp_path: Path) -> None:

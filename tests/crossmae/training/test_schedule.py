@@ -1,4 +1,4 @@
-"""Proves learning rates (method specification, 1.9), and counts of micro-batches, periods and images of a step."""
+"""Proves learning rates (method specification, 1.9), shortened ones, and counts of batches, periods and images."""
 
 from __future__ import annotations
 
@@ -53,3 +53,26 @@ def test_schedule_is_warm_up_then_half_a_cosine() -> None:
     assert all(a >= b for a, b in pairwise(values[10:]))
     assert values[35] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert lr_at(0, 1.0, 0, 10) == 1.0
+
+
+def test_a_shortened_run_follows_the_rest_of_its_curve_in_fewer_steps() -> None:
+    """Up to the cut nothing changes; from there, each step covers more of the curve, which ends as it would have."""
+    made = plan(images=400, schedule={"epochs": 10, "warmup_epochs": 1, "min_lr": 1e-4})  # 100 steps an epoch
+    short = made.shorten(400, 600)
+    assert (short.total_steps, short.last_step, short.total_batches) == (600, 600, 600)
+    assert [short.lr_at(step) for step in range(401)] == [made.lr_at(step) for step in range(401)]
+    # 200 steps cover the 600 that were left: every third rate of the original.
+    assert [short.lr_at(400 + step) for step in range(201)] == [made.lr_at(400 + 3 * step) for step in range(201)]
+    assert short.lr_at(600) == 1e-4
+    # In the warm-up, the rest of the warm-up is compressed, too.
+    early = made.shorten(50, 525)
+    assert [early.lr_at(50 + step) for step in range(476)] == [made.lr_at(50 + 2 * step) for step in range(476)]
+
+
+def test_a_run_is_shortened_twice_and_keeps_its_own_end() -> None:
+    made = plan(images=400, schedule={"epochs": 10, "max_steps": 700})
+    twice = made.shorten(400, 800).shorten(600, 700)
+    assert [twice.lr_at(600 + step) for step in range(101)] == [made.lr_at(700 + 3 * step) for step in range(101)]
+    assert [twice.lr_at(step) for step in (401, 500, 600)] == [made.shorten(400, 800).lr_at(s) for s in (401, 500, 600)]
+    assert made.shorten(400, 800).last_step == 700
+    assert twice.plan()["cuts"] == ((400, 1000, 800), (600, 800, 700))

@@ -98,6 +98,10 @@ def test_the_folder_of_a_run_means_its_best_then_its_last_weights(tmp_path):
     assert find_detector(tmp_path) == tmp_path / "model_0000003.pth"
     (tmp_path / "model_best.pth").touch()
     assert find_detector(tmp_path) == tmp_path / "model_best.pth"
+    (tmp_path / "model_final.safetensors").touch()  # an earlier version's run that was prolonged
+    assert find_detector(tmp_path) == tmp_path / "model_best.pth"
+    (tmp_path / "model_best.safetensors").touch()
+    assert find_detector(tmp_path) == tmp_path / "model_best.safetensors"
 
 
 def test_a_detector_that_can_not_be_built_names_the_section(cfg):
@@ -237,9 +241,9 @@ def test_what_the_file_does_not_tell_is_logged_with_its_key_and_stays_with_the_d
     assert "pixel_mean: [123.675, 116.28, 103.53] is assumed from the config" in caplog.text
     (tmp_path / "run").mkdir()
     metadata = inherited(None, report.assumed)
-    write_detector(tmp_path / "run/model_final.pth", detector.state_dict(), metadata, 1)
+    write_detector(tmp_path / "run/model_final.safetensors", detector.state_dict(), metadata, 1)
     caplog.clear()
-    cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "run/model_final.safetensors")
     again = load_weights(build_model(cfg), cfg, detector_only=True)
     assert set(again.assumed) == set(report.assumed)
     assert (

@@ -2,6 +2,7 @@
 used is named."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from det.data.loader import (
     NamingMapper,
     SampleBatch,
     build_augmentations,
+    build_test_loader,
     build_train_loader,
     check_objects_left,
     keyed_numpy_randomness,
@@ -61,6 +63,25 @@ def test_batches_depend_on_the_seed_and_their_number_alone(tmp_path, cfg):
     cfg.SEED = 1
     with pytest.raises(AssertionError):
         assert_same(whole, samples(cfg, 0, workers=0))
+
+
+def test_a_spawned_worker_reads_the_batches_of_a_forked_one(tmp_path, cfg, start_method):
+    """As on macOS and Windows: jitter and copy-paste. The loader of evaluations is sent, too."""
+    path, images, _ = write_coco(tmp_path / "a")
+    register_coco("test_set", path, images, masks=True)
+    cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE = True, 64
+    cfg.INPUT.COPY_PASTE.ENABLED, cfg.INPUT.COPY_PASTE.PROB = True, 1.0
+    found = []
+    for method in ("fork", "spawn"):
+        start_method(method)
+        found.append(samples(cfg, 0, workers=1))
+    assert len(found[0]) == cfg.SOLVER.MAX_ITER
+    assert_same(*found)
+    loader = build_test_loader("test_set", NamingMapper(cfg, False), 0)
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    (sent,), (kept,) = collate([dataset[1]]), loader.collate_fn([loader.dataset[1]])
+    assert sent["file_name"] == kept["file_name"]
+    np.testing.assert_array_equal(sent["image"], kept["image"])
 
 
 def test_ranks_share_a_batch(tmp_path, cfg):

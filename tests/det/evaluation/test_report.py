@@ -67,7 +67,7 @@ def folder(tmp_path):
     evaluation = {"bbox/AP": 41.23, "segm/AP": 34.56, "bbox/AP50": 61.23, "segm/AP50": 54.56}
     write_lines(run / "log.jsonl", [logged(20, 4.0), logged(40, 3.0), {"step": 40, **evaluation}])
     (run / "model_best.json").write_text(json.dumps({"iteration": 20, "segm/AP": 35.67}))
-    for name in ("model_best.pth", "model_final.pth"):
+    for name in ("model_best.safetensors", "model_final.safetensors"):
         (run / name).touch()
     for name in ("inference/pr_curves_bbox.png", "inference/pr_curves_segm.png", "pictures/1-photo.png"):
         Image.new("RGB", (8, 8)).save(run / name)
@@ -86,7 +86,7 @@ def test_the_page_has_the_numbers_of_the_files(folder):
     assert facts == {
         "Mask AP": ("34.6 %", "AP50 54.6, AP75 -"),
         "Box AP": ("41.2 %", "AP50 61.2, AP75 -"),
-        "Best mask AP": ("35.7 %", "after 20 iterations: model_best.pth"),
+        "Best mask AP": ("35.7 %", "after 20 iterations: model_best.safetensors"),
         "Training images": ("4,321", "3 classes"),
         "Training time": ("1 min 20 s", "40 iterations, 1 images per second (median), without evaluations"),
     }
@@ -147,7 +147,7 @@ def test_a_run_without_evaluation_says_so_once(folder):
 
 
 def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
-    (folder / "model_final.pth").unlink()
+    (folder / "model_final.safetensors").unlink()
     write_lines(folder / "log.jsonl", [logged(20, 4.0)])
     report = build_report(folder)
     assert "was cut off, after 20 of 40 iterations" in report.lead
@@ -161,12 +161,12 @@ def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
 def test_the_commands_are_ones_that_the_tools_take(folder):
     (block,) = blocks_of(folder, Commands)
     find, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
-    assert predict.build_parser().parse_intermixed_args(find[2:]).weights == folder / "model_best.pth"
+    assert predict.build_parser().parse_intermixed_args(find[2:]).weights == folder / "model_best.safetensors"
     given = train_net.build_parser().parse_intermixed_args(evaluate[2:])
     cfg = load_det_config(given.config_file, given.overrides)
     assert given.eval_only
     assert given.val_json == "/far/away/val.json"
-    assert str(folder / "model_best.pth") == cfg.MODEL.WEIGHTS
+    assert str(folder / "model_best.safetensors") == cfg.MODEL.WEIGHTS
     assert str(folder / "evaluation") == cfg.OUTPUT_DIR  # the results of the run stay
 
 

@@ -4,21 +4,28 @@ The detectors are tiny, with seeded random weights made large enough that scores
 """
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 
+from crossmae.checkpoints.weights import save_weights
 from crossmae.errors import UserError
-from det.config import load_det_config
+from det.backbone.record import detector_metadata
+from det.classes import Classes
+from det.config import flatten, load_det_config
 from det.inference import export
 from det.inference.export import compare_detections, export_detector, fit_image, load_exported
 from det.inference.export_graph import ExportableDetector, obstacle, pool
+from det.inference.predict import Predictor
 from tests.det.coco_files import TINY
 
 SIZE = 96  # pixels; tables of relative positions are made for 64, so they are resized, and windows of 5 are padded
@@ -30,7 +37,7 @@ CASCADE = ["MODEL.ROI_HEADS.NAME=CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOS
 GAIN = {"objectness_logits": 20, "anchor_deltas": 20, "cls_score": 30, "bbox_pred": 200, "mask_head.predictor": 500}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runtime():
     """onnxruntime, where the extra "export" is installed."""
     pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install -e ".[export]"')
@@ -97,12 +104,21 @@ def assert_finds_the_same(run, model):
     assert [value.shape for value in nothing.values()] == [(0, 4), (0,), (0,), (0, 8, 8)]
 
 
-def test_onnxruntime_finds_what_detectron2_finds(tmp_path, runtime, monkeypatch):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, runtime):
+    """A detector, its folder with detector.onnx, and the differences of both. The weights have a file of their own."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = build(folder, *MULTI_LEVEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "ONE_FILE_BYTES", 0)
+        parity = export_detector(model, folder / "detector.onnx", SIZE, metadata={"class_names": '["a", "b", "c"]'})
+    return model, folder, parity
+
+
+def test_onnxruntime_finds_what_detectron2_finds(exported, runtime):
     """Also with the weights in a file of their own, as those of large detectors are."""
-    monkeypatch.setattr(export, "ONE_FILE_BYTES", 0)
-    model = build(tmp_path, *MULTI_LEVEL)
-    path = tmp_path / "detector.onnx"
-    parity = export_detector(model, path, SIZE, metadata={"class_names": '["a", "b", "c"]'})
+    model, folder, parity = exported
+    path = folder / "detector.onnx"
     assert parity.compared == 5
     assert not parity.exceeded()
     assert sorted(parity.differences) == ["boxes", "masks", "scores", "unpaired"]
@@ -118,9 +134,9 @@ def test_onnxruntime_finds_what_detectron2_finds(tmp_path, runtime, monkeypatch)
     assert json.loads(about["class_names"]) == ["a", "b", "c"]
     assert json.loads(about["img_size"]) == [SIZE, SIZE]
     assert "RGB, 0 to 255" in about["input"]
-    assert {file.name for file in tmp_path.iterdir()} == {"detector.onnx", "detector.onnx.data", "tiny.yaml"}
+    assert {file.name for file in folder.iterdir()} == {"detector.onnx", "detector.onnx.data", "tiny.yaml"}
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert (tmp_path / "detector.onnx.data").stat().st_size > 0.8 * weights
+    assert (folder / "detector.onnx.data").stat().st_size > 0.8 * weights
 
 
 def test_a_loaded_program_finds_what_detectron2_finds(tmp_path):
@@ -279,3 +295,32 @@ def test_a_picture_of_any_size_fits(tmp_path):
     same = fit_image(picture(64, 50), (64, SIZE))["image"]
     assert np.array_equal(same[0, :, :, :50], picture(64, 50).transpose(2, 0, 1))
     assert fit_image(picture(1, 500), (64, SIZE))["image_size"].tolist() == [1, SIZE]
+
+
+def test_the_program_of_the_docs_pastes_the_masks_of_the_predictor(exported, tmp_path, monkeypatch, capsys):
+    """Nearly to the pixel, because OpenCV interpolates by steps of 1/32 of a cell."""
+    page = (Path(__file__).parents[3] / "docs/detection.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- test: onnxruntime -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert not re.search(r"torch|PIL|det\b", code)
+    assert len([line for line in code.splitlines() if line]) <= 20
+    model, folder, _ = exported
+    monkeypatch.chdir(tmp_path)
+    for name in ("detector.onnx", "detector.onnx.data"):
+        Path(name).symlink_to(folder / name)
+    Image.fromarray(picture()).save("photo.jpg", format="png")  # without loss, so that both read the same pixels
+    sides = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "MODEL.VIT.SQUARE_PAD_TEST")
+    words = [*(f"{key}={SIZE}" for key in sides), *MULTI_LEVEL]
+    settings = dict(flatten(load_det_config(str(folder / "tiny.yaml"), words)))
+    about = detector_metadata(settings, Classes(("a", "b", "c"), (1, 2, 3)))
+    save_weights("detector.safetensors", model.state_dict(), about)
+    predictor = Predictor("detector.safetensors")
+    expected, pasted = predictor("photo.jpg"), []
+    exec(code.replace("    print(", "    pasted.append(inside)\n    print("), {"pasted": pasted})
+    lines = capsys.readouterr().out.splitlines()
+    scores = [f"{name} {score:.2f}" for name, score in zip(predictor.names(expected), expected.scores, strict=True)]
+    assert [line.partition(":")[0] for line in lines] == scores
+    masks = expected.pred_masks.numpy()
+    assert masks.any(axis=(1, 2)).sum() >= 3
+    for mine, theirs in zip(pasted, masks, strict=True):
+        assert mine.shape == theirs.shape == (SIZE, SIZE)
+        assert (mine & theirs).sum() >= 0.99 * (mine | theirs).sum()

@@ -17,7 +17,15 @@ from crossmae.errors import UserError
 from det.config import load_det_config
 from det.data.coco import register_coco
 from det.data.loader import NamingMapper
-from det.inference.predict import Classes, Predictor, coco_annotations, find_classes, read_config, read_rgb
+from det.inference.predict import (
+    Classes,
+    Predictor,
+    coco_annotations,
+    find_classes,
+    read_config,
+    read_rgb,
+    threshold_below,
+)
 from tests.det.coco_files import save, write_coco
 from tests.det.detectors import write_run
 
@@ -256,3 +264,45 @@ def test_annotations_say_what_the_dense_masks_say(predictor, size):
     (first, *_) = coco_annotations(raw, 17, *size, classes)
     assert "segmentation" not in first
     assert first["area"] == pytest.approx(first["bbox"][2] * first["bbox"][3], abs=1e-3)
+
+
+def test_names_pictures_and_lists(run, tmp_path):
+    """Names by number, a picture that differs only near objects, and a list like its images one by one."""
+    predictor = Predictor(None, run)
+    images = [noise(48, 64), Image.fromarray(noise(40, 60, 1)), str(tmp_path / "c.png")]
+    Image.fromarray(noise(30, 30, 2)).save(images[2])
+    many = predictor(images)
+    for image, found in zip(images, many, strict=True):
+        assert_same(found, predictor(image))
+    found = many[0]
+    assert predictor.names(found) == [f"class {number + 1}" for number in found.pred_classes.tolist()]
+    predictor.class_names = ("red", "green", "blue")
+    assert predictor.names(found) == [predictor.class_names[number] for number in found.pred_classes.tolist()]
+    nothing = np.asarray(predictor.draw(images[0], found[:0]))
+    one = np.asarray(predictor.draw(images[0], found[:1]))
+    changed = np.argwhere((nothing != one).any(axis=2)) / (len(one) / 48)
+    assert len(changed) > 0
+    x0, y0, _, y1 = found.pred_boxes.tensor[0].tolist()
+    label = 48 * 0.1
+    assert (changed >= (y0 - label - 1, x0 - 2)).all()
+    assert (changed[:, 0] <= y1 + label + 1).all()
+    with pytest.raises(ValueError, match=r"of an image of \(48, 64\), not of \(40, 60\)"):
+        predictor.draw(images[1], found)
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold"),
+    [(0.31, 0.3), (0.3, 0.2), (0.96, 0.9), (1.0, 0.9), (0.1, 0.09), (0.042, 0.04), (0.04, 0.03), (3e-7, 2e-7), (0, 0)],
+)
+def test_the_next_threshold_is_below_the_score(score, threshold):
+    assert threshold_below(score) == pytest.approx(threshold)
+    assert threshold_below(score) < score or score == 0
+
+
+def test_the_best_score_tells_why_there_is_nothing(run):
+    predictor = Predictor(load_det_config(str(run / "config.yaml"), ["MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.99"]), run)
+    assert len(predictor(noise(48, 64))) == 0
+    best = predictor.highest_score(noise(48, 64))
+    lower = f"MODEL.ROI_HEADS.SCORE_THRESH_TEST={threshold_below(best)}"
+    again = Predictor(load_det_config(str(run / "config.yaml"), [lower]), run)
+    assert float(again(noise(48, 64)).scores[0]) == pytest.approx(best)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 
+from crossmae.checkpoints.formats.training_record import recorded_training
 from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state, step_of
+from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.errors import UserError, run_cli
 from crossmae.files import sha256
 from crossmae.training.state import TrainingState
@@ -54,7 +56,7 @@ def command(tmp_path):
 
 
 def final_state(folder):
-    return torch.load(folder / "model_final.pth", weights_only=True)
+    return read_weights(folder / "model_final.safetensors")
 
 
 def steps(run):
@@ -63,7 +65,7 @@ def steps(run):
 
 def interrupt(run, step):
     """Leave a run as it was when the checkpoint of `step` was the last."""
-    (run / "model_final.pth").unlink()
+    (run / "model_final.safetensors").unlink()
     for folder in complete_checkpoints(run):
         if step_of(folder) > step:
             shutil.rmtree(folder)
@@ -116,8 +118,8 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
     printed = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".claim.json", ".claim.lock",
-        "checkpoints", "config.yaml", "inference", "log.jsonl", "log.txt", "model_best.json", "model_best.pth",
-        "model_final.pth", "pictures", "report.html", "results.json", "run.json", "tensorboard",
+        "checkpoints", "config.yaml", "inference", "log.jsonl", "log.txt", "model_best.json", "model_best.safetensors",
+        "model_final.safetensors", "pictures", "report.html", "results.json", "run.json", "tensorboard",
     ]  # fmt: skip
     report = (tmp_path / "out/report.html").read_text()
     assert "Detector: out" in report
@@ -137,20 +139,22 @@ def test_a_run_repeats_and_resumes_bit_for_bit(tmp_path, command, capsys, reques
         main(second)
     main([*second, "--resume"])
     assert_same_end(tmp_path / "out", tmp_path / "second")
-    assert final_state(tmp_path / "second")["iteration"] == 4
+    assert final_state(tmp_path / "second").metadata["step"] == "4"
     assert rows(tmp_path / "second") == rows(tmp_path / "out")
     assert json.loads((tmp_path / "second/results.json").read_text()) == results
 
-    weights = tmp_path / "out/model_final.pth"
+    weights = tmp_path / "out/model_final.safetensors"
     main([*command[:-1], "--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={weights}"])
     assert json.loads((tmp_path / "third/results.json").read_text()) == results
-    assert not list((tmp_path / "third").glob("*.pth"))
+    assert not list((tmp_path / "third").glob("*.safetensors"))
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog):
-    """And keeps the newest checkpoints, the best weights by mask AP, and evaluates the average."""
+def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, caplog, monkeypatch):
+    """And keeps the newest checkpoints, the best weights by mask AP, evaluates the average, and estimates its time."""
     caplog.set_level("INFO")
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_STEPS", 1)
+    monkeypatch.setattr(sys.modules["crossmae.training.log"], "TIMED_SECONDS", 0.0)
     words = [
         "SOLVER.EMA.ENABLED=True",
         "SOLVER.ACCUMULATE=2",
@@ -162,28 +166,33 @@ def test_a_run_with_an_average_and_parts_resumes_bit_for_bit(tmp_path, command, 
     run = tmp_path / "out"
     assert steps(run) == [3, 4]
     trained = load_file(run / "checkpoints/step-00000004/model.safetensors")
-    whole = final_state(run)["model"]  # the average
+    whole = final_state(run).tensors  # the average
     assert any(not torch.equal(trained[name], value) for name, value in whole.items())
     assert "4 steps of 2 images in 2 parts: 1.6 epochs of 5 images; learning rate 0.001" in caplog.text
+    assert re.search(r"for the remaining 2 steps and 1 evaluation on .*\); stop any time with Ctrl-C", caplog.text)
 
     record = json.loads((run / "model_best.json").read_text())
     results = [row for row in rows(run) if "segm/AP" in row]
     assert [row["step"] for row in results] == [2, 4]
     best = max(results, key=lambda row: row["segm/AP"])
     assert record["segm/AP"] == pytest.approx(best["segm/AP"])
-    kept = torch.load(run / "model_best.pth", weights_only=True)
-    assert kept["iteration"] == record["iteration"] == best["step"]
-    assert "optimizer" not in kept
+    kept = read_weights(run / "model_best.safetensors")
+    assert int(kept.metadata["step"]) == record["iteration"] == best["step"]
+    figures = {key: value for key, value in best.items() if key.startswith(("bbox/", "segm/")) and "AP-" not in key}
+    figures["loss"] = next(row["loss"] for row in rows(run) if row["step"] == best["step"] and "loss" in row)
+    told = recorded_training(kept.metadata)
+    assert (told.figures, told.step) == (figures, best["step"])
+    assert told.data["train"].images == 5
 
     second = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'second'}", *words]
     main(second)
     interrupt(tmp_path / "second", 3)
     main([*second, "--resume"])
     assert_same_end(run, tmp_path / "second")
-    resumed = final_state(tmp_path / "second")["model"]
+    resumed = final_state(tmp_path / "second").tensors
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
-    final = ["--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={run / 'model_final.pth'}"]
+    final = ["--eval-only", f"OUTPUT_DIR={tmp_path / 'third'}", f"MODEL.WEIGHTS={run / 'model_final.safetensors'}"]
     main([*command[:-1], *final])
     assert json.loads((tmp_path / "third/results.json").read_text()) == json.loads((run / "results.json").read_text())
 
@@ -218,11 +227,9 @@ def test_an_evaluation_that_was_cut_off_is_made_up(tmp_path, command, monkeypatc
         main([*second, "--resume"])
         assert_same_end(tmp_path / "out", tmp_path / str(step))
         assert rows(tmp_path / str(step)) == rows(tmp_path / "out")
-        bests = [
-            torch.load(run / "model_best.pth", weights_only=True) for run in (tmp_path / "out", tmp_path / str(step))
-        ]
-        assert bests[0]["iteration"] == bests[1]["iteration"]
-        assert all(torch.equal(tensor, bests[1]["model"][name]) for name, tensor in bests[0]["model"].items())
+        bests = [read_weights(run / "model_best.safetensors") for run in (tmp_path / "out", tmp_path / str(step))]
+        assert bests[0].metadata == bests[1].metadata
+        assert all(torch.equal(tensor, bests[1].tensors[name]) for name, tensor in bests[0].tensors.items())
 
 
 def failing_at(number, _):
@@ -248,8 +255,35 @@ def test_a_complete_run_is_not_run_again(tmp_path, command, caplog):
     assert "the run is complete" in caplog.text
     assert (run / "log.jsonl").read_bytes() == before
     main([*command, "SOLVER.MAX_ITER=3", "--resume"])
-    assert final_state(run)["iteration"] == 3
+    assert final_state(run).metadata["step"] == "3"
     assert "2 steps of 2 images" in (run / "log.txt").read_text()  # logged before there is a folder
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_is_shortened_and_continues_exactly(tmp_path, command, caplog):
+    """4 steps of 2 of 5 images end after 3, which are 1.2 epochs; a rate that was to fall falls earlier."""
+    caplog.set_level("INFO")
+    run, other = tmp_path / "out", tmp_path / "other"
+    words = [*command[:-1], "SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0", "SOLVER.STEPS=(3,)"]
+    main([*words, f"OUTPUT_DIR={run}"])
+    planned = [row["lr"] for row in rows(run) if "lr" in row]
+    interrupt(run, 1)
+    with pytest.raises(UserError, match=r"^SOLVER.SHORTEN_TO: 0.4 would end the run at step 1, but it has done 1 of"):
+        main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=0.4", "--resume"])
+    main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=1.2", "--resume"])
+    assert "SOLVER.SHORTEN_TO: the run ends after step 3, not 4. From step 1 on" in caplog.text
+    assert "3 steps of 2 images: 1.2 epochs of 5 images" in (run / "log.txt").read_text()
+    assert final_state(run)["iteration"] == 3
+    # Steps 0, 1 and 2 have the rates of 0, 1 and 2.5.
+    assert [row["lr"] for row in rows(run) if "lr" in row] == [planned[0], planned[1], planned[2]]
+    shutil.copytree(run, other)
+    interrupt(other, 2)
+    main([*words, f"OUTPUT_DIR={other}", "--resume"])
+    assert_same_end(run, other)
+    assert rows(run) == rows(other)
+    interrupt(other, 2)
+    with pytest.raises(UserError, match=r"a run of 4 steps that was shortened, and the settings are for 9\. Repeat"):
+        main([*words, f"OUTPUT_DIR={other}", "SOLVER.MAX_ITER=9", "--resume"])
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -270,7 +304,7 @@ def test_a_signal_stops_a_run_and_its_evaluation(tmp_path, command, monkeypatch,
             with pytest.raises(end):
                 main(second)
         assert steps(run)[-1] == step
-        assert not (run / "model_final.pth").exists()
+        assert not (run / "model_final.safetensors").exists()
         main([*second, "--resume"])
         assert_same_end(tmp_path / "out", run)
         assert rows(run) == rows(tmp_path / "out")
@@ -366,7 +400,7 @@ def test_a_run_that_diverges_ends_with_one_line(tmp_path, command, capsys, monke
     assert "Lower SOLVER.BASE_LR" in line
     assert len(re.findall(r"images/\d+\.png", line)) == 2
     assert not (tmp_path / "out/results.json").exists()
-    assert not (tmp_path / "out/model_final.pth").exists()
+    assert not (tmp_path / "out/model_final.safetensors").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -390,7 +424,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path, command, capsys, monk
     assert "number of training images was 5, is 4" in line
     assert (run / "run.json").read_bytes() == before
     main(longer)
-    assert final_state(run)["iteration"] == 2
+    assert final_state(run).metadata["step"] == "2"
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -410,7 +444,7 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path, command, cap
     second = [*command[:-1], *words, f"OUTPUT_DIR={tmp_path / 'second'}"]
     main(second)
     run = tmp_path / "second"
-    (run / "model_final.pth").unlink()
+    (run / "model_final.safetensors").unlink()
     torn, flipped = run / "checkpoints/step-00000004/state.pt", run / "checkpoints/step-00000003/model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
     data = bytearray(flipped.read_bytes())
@@ -448,7 +482,7 @@ def test_resuming_runs_nothing_that_is_in_a_folder(tmp_path, command, capsys, mo
         (run / name).write_bytes(pickle.dumps({"model": Payload(sentinel), "__author__": "x"}))
         (run / "last_checkpoint").write_text(name)
         line = fails_with_one_line([*command, "--resume"], capsys, monkeypatch)
-        assert "has checkpoints of detectron2 or of an earlier version, which cannot be continued. Start a new" in line
+        assert "has weights of detectron2 or of an earlier version, which cannot be continued. Start a new" in line
     shutil.rmtree(run)
     main([*command, "SOLVER.MAX_ITER=1"])
     path = run / "checkpoints/step-00000001/state.pt"
@@ -471,11 +505,12 @@ def test_weights_that_are_not_finite_are_not_loaded(tmp_path, command, capsys, m
     """Neither to train on from, nor to evaluate."""
     run = tmp_path / "out"
     main([*command, "SOLVER.MAX_ITER=1"])
-    path = run / "model_final.pth"
-    content = torch.load(path, weights_only=True)
-    message = f"{path}: 1 of {len(content['model'])} tensors hold NaN or infinity: {WEIGHT}"
-    content["model"][WEIGHT][0, 0] = math.nan
-    torch.save(content, path)
+    path = run / "model_final.safetensors"
+    weights = read_weights(path)
+    message = f"{path}: 1 of {len(weights.tensors)} tensors hold NaN or infinity: {WEIGHT}"
+    broken = weights.tensors[WEIGHT].clone()
+    broken[0, 0] = math.nan
+    save_weights(path, weights.tensors | {WEIGHT: broken}, weights.metadata, force=True)
     words = [*command[:-1], f"OUTPUT_DIR={tmp_path / 'new'}", f"MODEL.WEIGHTS={path}"]
     assert message in fails_with_one_line(words, capsys, monkeypatch)
     assert message in fails_with_one_line([*words, "--eval-only"], capsys, monkeypatch)

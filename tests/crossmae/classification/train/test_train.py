@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def test_resume_is_exact_to_the_bit_and_knows_the_best_score(
     evaluated = [{row["step"]: row for row in lines(run) if "top1" in row} for run in (tmp_path / "whole", parts)]
     assert all(evaluated[1][step] == row for step, row in evaluated[0].items())
     assert [row for row in lines(parts) if "loss" in row] == [row for row in lines(tmp_path / "whole") if "loss" in row]
+
+
+def test_a_run_is_shortened(images: Path, tmp_path: Path) -> None:
+    """4 epochs of 3 steps end after 3, with an evaluation; another restart changes nothing."""
+    finetune(make_config(images, tmp_path / "whole", schedule={"max_steps": 4}))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for name, more in (("whole", {}), ("parts", {"max_steps": 7}), ("parts", {})):
+        finetune(make_config(images, tmp_path / name, schedule={"shorten_to": 3} | more), resume=True)
+    found = [row for row in lines(tmp_path / "whole") if "loss" in row]
+    assert found == [row for row in lines(tmp_path / "parts") if "loss" in row]
+    assert len(found) == 9
+    assert found[-1]["lr"] < 0.1 * 0.01
+    assert lines(tmp_path / "whole")[-1].keys() >= {"top1"}
 
 
 def test_best_and_last_weights_are_kept_and_the_best_score_survives_a_restart(images: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from crossmae.experiments.worth.inputs import (
 )
 from crossmae.models.crossmae import create_model
 from tests.crossmae.classification.labelled import write_classes
+from tests.crossmae.data.annotations.label_folders import write, write_image
 
 SHARES, SEEDS = (25.0, 100.0), (0, 1)
 
@@ -132,6 +133,19 @@ def test_few_labels_hold_out_at_most_half_and_drop_usual_shares(
         UserError, match=f"LABELS: .*classes: {held_out} of {3 * per_class} labelled images are held out"
     ):
         prepare(tmp_path, labels, shares=DEFAULT_SHARES)
+
+
+def test_labels_of_another_tool_and_their_splits(tmp_path: Path):
+    for split, count in (("train", 40), ("valid", 20)):
+        for at in range(count):
+            write_image(tmp_path / f"yolo/{split}/images/{split}{at}.jpg", at + 100 * len(split))
+            write(tmp_path / f"yolo/{split}/labels/{split}{at}.txt", f"{at % 2} .5 .5 .4 .4\n")
+    write(tmp_path / "yolo/data.yaml", "train: train/images\nval: valid/images\nnames: [a, b]\n")
+    images = tmp_path / "yolo/train/images"
+    found = prepare(tmp_path, LabelledPart(tmp_path / "yolo/data.yaml"), unlabelled=images)
+    assert (found.task, found.all_images, found.val_images, found.has_masks) == ("detect", 40, 20, False)
+    assert found.train[0, 25.0].images == images
+    assert names(found.val.labels) == {f"valid{at}.jpg" for at in range(20)}
 
 
 def test_a_folder_of_images_without_a_json(tmp_path: Path):

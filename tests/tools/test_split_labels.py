@@ -1,0 +1,104 @@
+"""Proves what the command line that splits labels writes, prints, keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossmae.errors import USER_ERROR_EXIT_CODE
+from tests.crossmae.data.annotations.label_folders import write, write_coco_json, write_image
+from tests.tools.command_line import exit_code
+from tools.split_labels import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: `coco.json` for `images`, and `yolo` with splits."""
+    monkeypatch.chdir(tmp_path)
+    files = [f"{'ab'[at % 2]}/{at}.jpg" for at in range(10)]
+    for at, name in enumerate(files):
+        write_image(Path("images", name), at)
+    write_coco_json(Path("coco.json"), files)
+    for split, count in (("train", 6), ("valid", 2), ("test", 2)):
+        for at in range(count):
+            write_image(Path("yolo", split, f"images/{at}.jpg"), at + 10 * len(split))
+            write(Path("yolo", split, f"labels/{at}.txt"), f"{at % 2} .5 .5 .2 .2\n" if at else "")
+    write(Path("yolo/data.yaml"), "train: train/images\nval: valid/images\ntest: test/images\nnames: [a, b]\n")
+    return tmp_path
+
+
+def read(name: str) -> dict[str, Any]:
+    return dict(json.loads(Path(name).read_text()))
+
+
+def file_names(path: str) -> list[str]:
+    return [entry["file_name"] for entry in read(path)["images"]]
+
+
+def test_a_coco_file_is_split_for_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("coco.json", "--images", "images", "--output", "out", "--val", "0.2", "--seed", "0")
+    assert exit_code(main, *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("train 8 images (0 without objects), 8 objects, 1 of 1 class: out/train.json, images in images")
+    assert "--train-json out/train.json --train-images images --val-json out/val.json --val-images images" in lines[-1]
+    assert sorted(file_names("out/train.json") + file_names("out/val.json")) == sorted(file_names("coco.json"))
+    counts = {"images": 8, "empty": 0, "objects": 8, "classes": 1}
+    assert read("out/split.json") == {
+        "format": "COCO",
+        "images": {"train": str(folder / "images"), "val": str(folder / "images")},
+        "counts": {"train": counts, "val": counts | {"images": 2, "objects": 2}},
+        "classes": ["a"],
+        "seed": 0,
+    }
+    before = Path("out/val.json").read_bytes()
+    assert exit_code(main, *words) == 0
+    assert Path("out/val.json").read_bytes() == before
+    assert exit_code(main, *words, "--by-folder") == 0
+    assert {name[0] for name in file_names("out/train.json")} != {name[0] for name in file_names("out/val.json")}
+
+
+def test_splits_are_kept_unless_wanted_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(main, "yolo", "--output", "out", "--val", "0.3") == 0
+    told = capsys.readouterr().out
+    assert "YOLO: the labels have splits, which are kept, and --val 0.3 has no effect." in told
+    assert [len(file_names(f"out/{split}.json")) for split in ("train", "val", "test")] == [6, 2, 2]
+    images = read("out/split.json")["images"]
+    assert images == {split: str(folder / "yolo" / part / "images") for split, part in
+                      (("train", "train"), ("val", "valid"), ("test", "test"))}  # fmt: skip
+    assert exit_code(main, "yolo", "--output", "out", "--images", "yolo", "--again", "--val", "0.5") == 0
+    assert [len(file_names(f"out/{split}.json")) for split in ("train", "val", "test")] == [4, 4, 2]
+    for split in ("train", "val", "test"):
+        assert all(Path("yolo", name).is_file() for name in file_names(f"out/{split}.json"))
+        assert [one["name"] for one in read(f"out/{split}.json")["categories"]] == ["a", "b"]
+    assert exit_code(main, "coco.json", "--output", "out") == 0
+    assert not Path("out/test.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("coco.json", "--output", "out", "--val", "1"), "--val: 1 is no share"),
+        (("coco.json", "--output", "out", "--seed", "-1"), "--seed: -1 is negative"),
+        (("yolo", "--output", "yolo/out"), "--output: yolo/out is in yolo, so the next call would read it"),
+        (("absent", "--output", "out"), "absent: no such file or folder"),
+        (("coco.json", "--output", "out", "--images", "absent"), "absent: is no folder"),
+        (("coco.json", "--output", "foreign"), "--output: foreign/train.json exists, and is of no earlier split"),
+        (("yolo", "--output", "out", "--images", "images"), "is not in the image folder"),
+        (("coco.json", "--output", "coco.json"), "coco.json"),
+    ],
+    ids=["val", "seed", "inside", "absent", "images", "foreign", "outside", "file"],
+)
+def test_errors_are_one_line_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    write(Path("foreign/train.json"), "{}")
+    before = sorted(folder.rglob("*"))
+    assert exit_code(main, *words) == USER_ERROR_EXIT_CODE
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(folder.rglob("*")) == before
+    assert Path("foreign/train.json").read_text() == "{}"
