@@ -106,7 +106,7 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Name each path by the fewest last parts that tell all of them apart."""
+    """Shorten paths to the last parts that tell them apart."""
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
@@ -114,7 +114,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def number_section(runs: Sequence[ComparedRun]) -> page.Section:
-    """Show the last value of each logged number, and the best where that has a meaning."""
+    """Show the last and the best value of each logged number."""
     rows: list[page.TableRow] = [["steps", *(f"{max(run.log.values('step')):,.0f}" for run in runs)]]
     for key, (title, factor, form, better) in QUANTITIES.items():
         values = [[factor * value for value in run.log.values(key)] for run in runs]
