@@ -180,7 +180,7 @@ class ScheduleConfig(ConfigSection):
 class RuntimeConfig(ConfigSection):
     """Device, precision, trade-offs between speed and memory, and randomness."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where it is faster; fp16 comes with a loss scaler"
     )

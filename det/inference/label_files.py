@@ -129,7 +129,7 @@ def _labelme_content(
     for number, (annotation, parts) in enumerate(zip(annotations, outlines, strict=True), start=1):
         x, y, w, h = annotation["bbox"]
         polygons = [[[part[at], part[at + 1]] for at in range(0, len(part), 2)] for part in parts]
-        shared = {
+        shared: dict[str, Any] = {
             "label": names[annotation["category_id"]],
             "shape_type": "polygon" if parts else "rectangle",
             "group_id": number if len(parts) > 1 else None,

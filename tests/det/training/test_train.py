@@ -273,7 +273,7 @@ def test_a_run_is_shortened_and_continues_exactly(tmp_path, command, caplog):
     main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=1.2", "--resume"])
     assert "SOLVER.SHORTEN_TO: the run ends after step 3, not 4. From step 1 on" in caplog.text
     assert "3 steps of 2 images: 1.2 epochs of 5 images" in (run / "log.txt").read_text()
-    assert final_state(run)["iteration"] == 3
+    assert final_state(run).metadata["step"] == "3"
     # Steps 0, 1 and 2 have the rates of 0, 1 and 2.5.
     assert [row["lr"] for row in rows(run) if "lr" in row] == [planned[0], planned[1], planned[2]]
     shutil.copytree(run, other)
