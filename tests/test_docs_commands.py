@@ -99,7 +99,8 @@ def load(file: str, arguments: dict[str, Any]) -> None:
         load_settings(kind, name, arguments["overrides"])
     else:  # settings that a program hands on to others
         of_detector = [word for word in words if re.match(r"[A-Z_]+(\.[A-Z_0-9]+)+=", word)]
-        load_settings("detect", name or RECIPES["detect"], of_detector)
+        if name or of_detector:
+            load_settings("detect", name or RECIPES["detect"], of_detector)
         others = [word for word in words if re.match(r"[a-z_]+\.[a-z_]+=", word)]
         if others:
             kind = "pretrain" if others == arguments.get("pretrain_set") else "finetune"
