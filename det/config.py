@@ -238,6 +238,7 @@ class DetectorKeys(ConfigKeys):
     OUTPUT_DIR: str = Field(min_length=1, description="a folder with a name in UTF-8")
     # Several processes: longest time that they wait for each other.
     TIMEOUT_MINUTES: float = Field(30.0, gt=0, description="greater than 0")
+    WANDB: str = ""  # project of Weights & Biases to log to as well; "": none
     MODEL: _Model
     INPUT: InputKeys
     DATASETS: _Datasets

@@ -247,6 +247,7 @@ class RunSettings:
     keep: int = 2
     log_every: int = 20
     wandb: str | None = None
+    wandb_key: str = "log.wandb"
     timeout_minutes: float = 30.0
     width: int = 0
 
