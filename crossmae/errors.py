@@ -49,6 +49,7 @@ COMMANDS = {
     "shards": "tools/make_shards.py",
     "visualize": "tools/visualize_data.py",
     "report": "tools/report.py",
+    "compare": "tools/compare.py",
     "worth": "tools/worth.py",
     "bench": "tools/benchmark.py",
     "demo": "tools/demo/run.py",

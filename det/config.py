@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +21,7 @@ from pydantic.fields import FieldInfo
 from yacs.config import CfgNode
 
 import det
+from crossmae.checkpoints.metadata import recorded_config, safetensors_metadata
 from crossmae.checkpoints.reading import DETECTOR_BEST, DETECTOR_FINAL, DETECTOR_LAST
 from crossmae.data.images import MAX_PIXELS, ImageLimits
 from crossmae.errors import UserError
@@ -35,6 +35,7 @@ from det.detectron2_keys import (
     CascadeKeys,
     ClippingKeys,
     ConfigKeys,
+    CropKeys,
     MaskHeadKeys,
     MoreThan0,
     NotNegative,
@@ -45,6 +46,7 @@ from det.detectron2_keys import (
     Shares,
     Steps,
     ZeroToOne,
+    detectron2_defaults,
 )
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class _Vit(ConfigKeys):  # the encoder and its simple feature pyramid
 
 
 class _Model(ConfigKeys):
-    DEVICE: str = Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    DEVICE: str = Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="cpu, cuda, cuda:N or mps")
     MASK_ON: bool
     KEYPOINT_ON: bool
     LOAD_PROPOSALS: Literal[False] = Field(description="False: proposals come from the detector itself")
@@ -124,12 +126,6 @@ class _CopyPaste(ConfigKeys):  # paste objects of another image (arXiv 2012.0717
     PROB: ZeroToOne = 0.5
 
 
-class _Crop(ConfigKeys):
-    ENABLED: bool
-    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
-    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
-
-
 class InputKeys(ConfigKeys):
     """`INPUT`: reading and augmentation of images."""
 
@@ -145,7 +141,7 @@ class InputKeys(ConfigKeys):
     MAX_SIZE_TEST: AtLeast1
     MAX_PIXELS: AtLeast1 = MAX_PIXELS  # largest image that is read, as width * height
     RANDOM_FLIP: Literal["none", "horizontal", "vertical"]
-    CROP: _Crop
+    CROP: CropKeys
     LSJ: _Jitter
     COPY_PASTE: _CopyPaste
 
@@ -242,6 +238,7 @@ class DetectorKeys(ConfigKeys):
     OUTPUT_DIR: str = Field(min_length=1, description="a folder with a name in UTF-8")
     # Several processes: longest time that they wait for each other.
     TIMEOUT_MINUTES: float = Field(30.0, gt=0, description="greater than 0")
+    WANDB: str = ""  # project of Weights & Biases to log to as well; "": none
     MODEL: _Model
     INPUT: InputKeys
     DATASETS: _Datasets
@@ -266,10 +263,14 @@ def _is_section(field: FieldInfo) -> bool:
 def load_det_config(name: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Read and check a detection config.
 
-    `name` is a path, or a name under configs/. `overrides` are `KEY VALUE` and `KEY=VALUE` words, in any mix, whose
-    values are Python literals or plain text. Raises UserError, which names file and key, if the file does not exist or
-    is not YAML, a key is unknown, or a value has a wrong type or is out of range.
+    `name` is a path, a name under configs/, or a detector's safetensors file. `overrides` are `KEY VALUE` and
+    `KEY=VALUE` words, in any mix, whose values are Python literals or plain text. Raises UserError, which names file
+    and key, if the file does not exist or is not YAML, a key is unknown, or a value has a wrong type or range.
     """
+    if Path(name).suffix == ".safetensors":
+        if not (values := recorded_config(safetensors_metadata(Path(name)))):
+            raise UserError(f"{name}: records no config. Name the config of its training.")
+        return build_det_config([(name, values)], overrides)
     trees = list(_read_with_base(resolve_config_path(name)))
     for path, tree in trees:
         check_tool(find_tool(tree), DETECT, path)
@@ -306,21 +307,6 @@ def build_det_config(sources: Sequence[tuple[str, dict[str, Any]]], overrides: S
     return checked
 
 
-def detectron2_defaults() -> CfgNode:
-    """Read detectron2's default settings from its file, without importing detectron2.
-
-    The import would take seconds before the first error in a setting. As a module of `det`, the file finds the CfgNode
-    that it imports in this module.
-    """
-    (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
-    spec = spec_from_file_location("det.detectron2_defaults", Path(folder, "config", "defaults.py"))
-    assert spec is not None  # the file exists
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._C
-
-
 def set_image_size(cfg: CfgNode, size: int) -> None:
     """Set all keys that depend on the size of images, in place.
 
@@ -354,6 +340,8 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     """
     import torch  # slow import
 
+    from crossmae.training.devices import check_mps
+
     device, count = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and not torch.cuda.is_available():
         if asked:
@@ -365,8 +353,9 @@ def choose_device(cfg: CfgNode, asked: bool) -> None:
     _, _, index = device.partition(":")
     if index and int(index) >= count:
         raise UserError(f"MODEL.DEVICE: there is no {device}. The last GPU is cuda:{count - 1}.")
-    if device == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for GPUs")
+    check_mps(device, "MODEL.DEVICE")
+    if device in ("cpu", "mps") and cfg.SOLVER.AMP.ENABLED:
+        log.info("SOLVER.AMP.ENABLED is False: mixed precision is for CUDA GPUs")
         cfg.SOLVER.AMP.ENABLED = False
 
 

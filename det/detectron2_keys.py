@@ -1,10 +1,13 @@
-"""Ranges of detectron2's own keys that its modules read, and the kinds of values that all keys use."""
+"""detectron2's own keys: defaults, ranges of those that its modules read, and the kinds of values that all keys use."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from yacs.config import CfgNode
 
 
 def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -46,6 +49,14 @@ class AnchorKeys(ConfigKeys):
     SIZES: _Sizes = Field(description="lists of sizes in pixels, greater than 0, one per level")
     ASPECT_RATIOS: _Sizes = Field(description="lists of height / width, greater than 0")
     OFFSET: Rate
+
+
+class CropKeys(ConfigKeys):
+    """`INPUT.CROP`."""
+
+    ENABLED: bool
+    TYPE: Literal["relative_range", "relative", "absolute", "absolute_range"]
+    SIZE: list[MoreThan0] = Field(min_length=2, max_length=2, description="two numbers greater than 0")
 
 
 class ProposalKeys(ConfigKeys):
@@ -130,3 +141,18 @@ class ClippingKeys(ConfigKeys):
     CLIP_TYPE: Literal["value", "norm", "full_model"]
     CLIP_VALUE: MoreThan0
     NORM_TYPE: MoreThan0
+
+
+def detectron2_defaults() -> CfgNode:
+    """Read detectron2's default settings from its file, without importing detectron2.
+
+    The import would take seconds before the first error in a setting. As a module of `det`, the file finds the CfgNode
+    that it imports in `det.config`.
+    """
+    (folder,) = find_spec("detectron2").submodule_search_locations  # type: ignore[union-attr,misc]  # a package
+    spec = spec_from_file_location("det.detectron2_defaults", Path(folder, "config", "defaults.py"))
+    assert spec is not None  # the file exists
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module._C

@@ -110,6 +110,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         annotations.append({"id": number, "image_id": number, "category_id": 1 + number % 2, **box})
     content = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": 1, "name": "square"}, {"id": 2, "name": "box"}]
+    (folder / "LABELS").mkdir()
+    for image in images:
+        (folder / "LABELS" / f"{image['id']}.txt").write_text(f"{image['id'] % 2} 0.5 0.5 0.25 0.25\n")
+    (folder / "LABELS" / "classes.txt").write_text("square\nbox\n")
     for name in ("TRAIN.json", "VAL.json"):
         (folder / name).write_text(json.dumps(content))
     (folder / "pretrain").mkdir()
@@ -153,6 +157,8 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     assert (folder / "outputs/classifier/report.html").is_file()
     assert len(json.loads((folder / "outputs/classes.json").read_text())["images"]) == 6
     assert (folder / "outputs/probe/report.html").is_file()
+    run(command("split"), folder)
+    assert (folder / "outputs/split/val.json").is_file()
     run(command("detect"), folder)
     results = json.loads((folder / "outputs/detector/results.json").read_text())
     assert {"bbox", "segm"} <= results.keys()

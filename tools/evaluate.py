@@ -4,8 +4,9 @@
     python tools/evaluate.py outputs/classifier LABELLED --output outputs/evaluation
     python tools/evaluate.py outputs/detector VAL.json --images IMAGES TEST.DETECTIONS_PER_IMAGE=300
 
-RUN is the folder of a training run. The settings are those of the run, and KEY=VALUE replaces some. This is the
-evaluation of tools/train_net.py and tools/finetune.py (--eval-only), with the same numbers and the same page.
+RUN is the folder of a training run, or a detector's safetensors file. The settings are those of the run, and KEY=VALUE
+replaces some. This is the evaluation of tools/train_net.py and tools/finetune.py (--eval-only), with the same numbers
+and the same page.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a tool is run as a file, and tools/ is not installed
 
+from crossmae.checkpoints.metadata import DETECTOR_CONFIG, safetensors_metadata
+from crossmae.checkpoints.reading import weights_file
 from crossmae.errors import UserError, run_cli
 from crossmae.training.config import read_yaml
 
@@ -38,13 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments, and evaluate with the tool that trained."""
     arguments = build_parser().parse_intermixed_args(argv)
-    if not (arguments.run / CONFIG).is_file():
-        raise UserError(f"RUN: {arguments.run} has no {CONFIG}. Name the folder of a trained detector or classifier.")
-    is_detector = "MODEL" in read_yaml(arguments.run / CONFIG)
+    config = weights_file(arguments.run)  # a detector's file records its config
+    is_detector = config is not None and DETECTOR_CONFIG in safetensors_metadata(config)
+    if config is None or not is_detector:
+        config = arguments.run / CONFIG
+        if not config.is_file():
+            raise UserError(f"RUN: {arguments.run} has no {CONFIG}. Name the folder of a detector or classifier.")
+        is_detector = "MODEL" in read_yaml(config)
     if is_detector != (arguments.images is not None):
         is_kind, what = ("detector", "Add --images.") if is_detector else ("classifier", "Leave --images out.")
         raise UserError(f"--images: {arguments.run} is a {is_kind}. {what}")
-    words = ["--config-file", str(arguments.run / CONFIG), "--eval-only"]
+    words = ["--config-file", str(config), "--eval-only"]
     if is_detector:
         words += ["--val-json", arguments.labels, "--val-images", arguments.images]
         words += [f"MODEL.WEIGHTS={arguments.run}", f"OUTPUT_DIR={arguments.output}"]

@@ -2,8 +2,8 @@
 
     python tools/export_detector.py --weights outputs/run --output detector.onnx
     python tools/export_detector.py --weights outputs/run --output detector.pt2 --img-size 768x1024 --image photo.jpg
-    python tools/export_detector.py --config-file coco_mask_rcnn.yaml --weights model_final.pth \\
-        --output detector.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.3
+    python tools/export_detector.py --weights model_best.safetensors --output detector.onnx \\
+        MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.3
 
 The file has two inputs: `image` (1, 3, H, W), float32 RGB from 0 to 255, and `image_size` (2,), the int64 height and
 width of the picture in the top left corner. Its outputs are `boxes` (N, 4) x0, y0, x1, y1, `scores` (N,), `classes`

@@ -2,7 +2,7 @@
 
     python tools/predict.py --weights outputs/run photo.jpg
     python tools/predict.py --weights outputs/run photos/ 'more/**/*.jpg' clip.mp4 --output found --score-threshold 0.3
-    python tools/predict.py --config-file coco_mask_rcnn.yaml --weights model_final.pth photo.jpg MODEL.DEVICE=cpu
+    python tools/predict.py --weights model_best.safetensors photo.jpg MODEL.DEVICE=cpu
 
 INPUT is any number of images, videos, folders (what is in them and in their subfolders) and quoted patterns. Words
 like MODEL.DEVICE=cpu replace settings of the config, unless a file has that name. Written into --output:

@@ -1,4 +1,4 @@
-"""Write the results of `tools/run.py` or the demo to one page, FOLDER/report.html, and the AP to FOLDER/summary.txt.
+"""Write the results of `crossmae run` or the demo to one page, FOLDER/report.html, and the AP to FOLDER/summary.txt.
 
     python tools/report.py outputs/run
 

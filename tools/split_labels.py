@@ -22,7 +22,7 @@ from typing import Any
 
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.records import UNSPLIT, AnnotationSet, common_folder, write_content
-from crossmae.data.annotations.split import SPLIT_SIDES, join, rebase, split_images
+from crossmae.data.annotations.split import SPLIT_SIDES, id_key, join, rebase, split_images
 from crossmae.errors import UserError, advise, counted, printable, run_cli, set_up_log
 from crossmae.files import check_writable, make_folder, write_json
 
@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> None:
         effect = f", and {' and '.join(ignored)} has no effect" if ignored else ""
         print(f"{found.format}: the labels have splits, which are kept{effect}. To split again, add --again.")
     else:
-        kept = split_again(found, arguments.images, val, arguments.seed, arguments.by_folder)
+        try:
+            kept = split_again(found, arguments.images, val, arguments.seed, arguments.by_folder)
+        except UserError as error:
+            raise UserError(f"{arguments.labels}: {error.args[0]}") from None
     write(arguments.output, found, kept, arguments.seed)
 
 
@@ -136,12 +139,12 @@ def write(output: Path, found: AnnotationSet, contents: Contents, seed: int) -> 
 
 def count(content: Mapping[str, Any]) -> dict[str, int]:
     """Count images, images without objects, objects, and classes with objects."""
-    objects = Counter(annotation["image_id"] for annotation in content["annotations"])
+    objects = Counter(id_key(annotation.get("image_id")) for annotation in content["annotations"])
     return {
         "images": len(content["images"]),
-        "empty": sum(entry["id"] not in objects for entry in content["images"]),
+        "empty": sum(id_key(entry.get("id")) not in objects for entry in content["images"]),
         "objects": objects.total(),
-        "classes": len({annotation["category_id"] for annotation in content["annotations"]}),
+        "classes": len({id_key(annotation.get("category_id")) for annotation in content["annotations"]}),
     }
 
 

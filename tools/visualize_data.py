@@ -24,10 +24,10 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from crossmae.checkpoints.metadata import safetensors_metadata
+from crossmae.checkpoints.reading import weights_file
 from crossmae.errors import UserError, counted, printable, run_cli
 from crossmae.files import check_writable, make_folder, write_atomically
 from crossmae.models.class_names import pair_names, start_notes
-from det.backbone.record import weights_file
 from det.classes import recorded_classes
 from det.config import load_det_config
 from det.data.coco import check_registered, use_own_data

@@ -156,6 +156,14 @@ def marked(names: Iterable[str]) -> dict[str, str]:
     return {ASSUMED: json.dumps(sorted(names))}
 
 
+def recorded_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read the config of a detector by dotted key, {} without one.
+
+    Raises UserError if the record is not a JSON object.
+    """
+    return recorded_value(metadata, DETECTOR_CONFIG, dict)
+
+
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file, {} for any other file.
 

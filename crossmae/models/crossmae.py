@@ -144,7 +144,7 @@ class CrossMAE(ViTEncoder):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> CrossMAE:
-        """Load a whole model: a file, a run's folder, or a saved folder.
+        """Load a whole model: a file, a run or a saved folder.
 
         The model is in evaluation mode. `crossmae.checkpoints.pretrained.load_pretrained` also returns the pixel
         statistics, and has the errors.

@@ -114,7 +114,8 @@ def block_order(noise: Tensor, order: Tensor, grid: tuple[int, int], block: int)
         order: (B, L) patches by ascending noise.
     """
     rows, columns = grid[0] // block, grid[1] // block
-    sums = noise.double().reshape(-1, rows, block, columns, block).sum(dim=(2, 4)).flatten(1)  # (B, blocks)
+    wide = noise.float() if noise.device.type == "mps" else noise.double()  # MPS has no float64
+    sums = wide.reshape(-1, rows, block, columns, block).sum(dim=(2, 4)).flatten(1)  # (B, blocks)
     rank = sums.frac().argsort(dim=1, stable=True).argsort(dim=1)  # blocks of equal noise have different ranks
     blocks = torch.arange(rows * columns, device=noise.device).view(rows, columns)
     of_patch = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1).flatten()  # (L,)

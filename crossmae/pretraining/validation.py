@@ -20,6 +20,7 @@ from crossmae.models.crossmae import CrossMAE
 from crossmae.pretraining.config import ProbeConfig
 from crossmae.pretraining.neighbours import encode_images, knn_accuracy, standardize
 from crossmae.pretraining.reconstruction import Panels, reconstruct
+from crossmae.training.devices import widest_float
 from crossmae.training.processes import Ranks
 from crossmae.training.signals import until_stop
 
@@ -63,14 +64,15 @@ class HeldOut:
         """
         device, was_training = self.normalize.mean.device, model.training
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        wide = widest_float(device)
+        total = torch.zeros((), dtype=wide, device=device)
         parts = list(zip(self.images.split(self.batch_size), self.noise.split(self.batch_size), strict=True))
         for images, noise in until_stop(parts, self.ranks, len(parts)):
             if len(images):  # a process may have no images
                 with autocast:
                     pixels = self.normalize(images.to(device))
                     loss = model(pixels, self.mask_ratio, self.mask_ratio, noise.to(device)).loss
-                total += loss.double() * len(images)
+                total += loss.to(wide) * len(images)
         model.train(was_training)
         return float(self.ranks.sum(total)) / self.count
 

@@ -180,7 +180,7 @@ class ScheduleConfig(ConfigSection):
 class RuntimeConfig(ConfigSection):
     """Device, precision, trade-offs between speed and memory, and randomness."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where it is faster; fp16 comes with a loss scaler"
     )
@@ -247,6 +247,7 @@ class RunSettings:
     keep: int = 2
     log_every: int = 20
     wandb: str | None = None
+    wandb_key: str = "log.wandb"
     timeout_minutes: float = 30.0
     width: int = 0
 

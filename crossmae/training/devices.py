@@ -32,8 +32,8 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
     A GPU becomes the current one, to which pinned memory, compiled code and `torch.cuda.synchronize` belong.
 
     Args:
-        name: such as "cpu" or "cuda:1". "auto" is a GPU if there is one, else the CPU. "cuda" is the GPU of this
-            process.
+        name: such as "cpu", "cuda:1" or "mps" (Apple's GPU, where nothing was tested). "auto" is a CUDA GPU if there
+            is one, else the CPU. "cuda" is the GPU of this process.
 
     Raises:
         UserError: If this machine has no such device, or all processes would share one GPU.
@@ -43,6 +43,9 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
         raise UserError(
             f"{key}: {processes} processes cannot share {chosen}. Use cuda: each process takes its own GPU."
         )
+    check_mps(chosen, key)
+    if processes > 1 and chosen.startswith("mps"):
+        raise UserError(f"{key}: {processes} processes cannot share {chosen}. Start one process, or use cpu.")
     try:
         device = torch.device(f"cuda:{local_rank}" if chosen == "cuda" else chosen)
         torch.zeros(1, device=device)
@@ -53,6 +56,19 @@ def open_device(name: str, key: str, local_rank: int = 0, processes: int = 1) ->
             f"{key}: {chosen!r} cannot be used: {str(error).splitlines()[0]}. Name another device."
         ) from None
     return device
+
+
+def check_mps(name: str, key: str) -> None:
+    """Reject the device "mps" where torch does not have it."""
+    if name.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(
+            f"{key}: torch has no {name} here, which needs a Mac with Apple silicon. Use {key}=cpu, or cuda with a GPU."
+        )
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def choose_precision(precision: str, device: torch.device, key: str = "runtime.precision", width: int = 0) -> str:

@@ -332,9 +332,13 @@ def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
-    """Start or continue a run of Weights & Biases."""
-    wandb = import_extra("wandb", "log.wandb (null does without it)", "wandb")
+def start_wandb(project: str, key: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Any:
+    """Start or continue a run of Weights & Biases.
+
+    Args:
+        key: name of the setting that names the project, for the errors.
+    """
+    wandb = import_extra("wandb", f"{key} (leave it out to do without)", "wandb")
     identity = folder / "wandb_id.txt"
     if not (resumed and identity.exists()):
         write_text(identity, secrets.token_hex(4))
@@ -349,6 +353,6 @@ def start_wandb(project: str, folder: Path, settings: Mapping[str, Any], resumed
         )
     except Exception as error:  # many kinds of errors: no account, no network, no such project
         raise UserError(
-            f"log.wandb: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, or set "
-            "WANDB_MODE=offline or log.wandb=null."
+            f"{key}: Weights & Biases cannot be used: {' '.join(str(error).split())}. Run `wandb login`, set "
+            f"WANDB_MODE=offline, or leave {key} out."
         ) from error

@@ -213,7 +213,9 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     job.announce(state.step)
     if sentence:
         log.info("%s", sentence)
-    wandb = start_wandb(run.wandb, folder, run.settings, resumed) if ranks.is_main and run.wandb else None
+    wandb = (
+        start_wandb(run.wandb, run.wandb_key, folder, run.settings, resumed) if ranks.is_main and run.wandb else None
+    )
     records = RunLog(folder, schedule, state.step, resumed, ranks.is_main, job.word, wandb)
     if ranks.is_main:
         # Final weights of an earlier attempt must not be mistaken for the weights of this run.

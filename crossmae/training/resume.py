@@ -92,7 +92,7 @@ def is_complete(
 
 
 def shorten_schedule(schedule: AnySchedule, start: Path | None, epochs: float | None, key: str) -> AnySchedule:
-    """Shorten a schedule as its checkpoint records, and as the user asks now.
+    """Shorten a schedule as its checkpoint records and the user asks.
 
     Args:
         start: checkpoint to continue from; None for a new run.

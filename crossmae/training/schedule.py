@@ -91,7 +91,7 @@ class Schedule:
         )
 
     def uncut(self, step: float) -> float:
-        """Return the step of the original schedule that has the learning rate of `step`."""
+        """Return the step of the unshortened schedule with the same learning rate."""
         for at, before, after in reversed(self.cuts):
             if step > at:
                 step = at + (step - at) * (before - at) / (after - at)

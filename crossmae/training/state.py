@@ -315,7 +315,7 @@ def average_gradients(model: nn.Module, compiled: bool) -> DistributedDataParall
         torch._dynamo.config.optimize_ddp = False  # it would split a block that is larger than a bucket
     # Buffers are constants, which need no sending. torch 2.14 renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    constant: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **constant)
 
 

@@ -16,9 +16,7 @@ from crossmae.checkpoints.metadata import (
     PIXEL_MEAN,
     PIXEL_STD,
     VERSION,
-    recorded_value,
 )
-from crossmae.checkpoints.reading import MODEL_FILE, detector_file
 from det.classes import Classes
 
 DETECTOR = "detector"  # the format in the metadata
@@ -62,18 +60,3 @@ def training_metadata(settings: Mapping[str, Any], data: Mapping[str, str], num_
     chosen = {key: settings[key] for key in _RECIPE if key in settings}
     recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
     return TrainingRecord(data=sets, recipe=recipe).metadata()
-
-
-def recorded_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read the config in a file's metadata, by dotted key.
-
-    A file without a config gives {}. Raises UserError if the record is not a JSON object.
-    """
-    return recorded_value(metadata, DETECTOR_CONFIG, dict)
-
-
-def weights_file(path: Path) -> Path | None:
-    """Find the file of a detector's weights without reading it."""
-    if not path.is_dir():
-        return path
-    return detector_file(path) or (path / MODEL_FILE if (path / MODEL_FILE).is_file() else None)

@@ -27,6 +27,7 @@ from crossmae.checkpoints.metadata import (
     PIXEL_STD,
     UNKNOWN,
     assumed_names,
+    recorded_config,
     recorded_numbers,
 )
 from crossmae.checkpoints.reading import detector_file
@@ -37,7 +38,6 @@ from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, sta
 from crossmae.models.linear import use_linear
 from crossmae.training.config import read_yaml
 from det.backbone.detector import Detector, use_channels_last
-from det.backbone.record import recorded_config
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import CONFIG, flatten, lookup

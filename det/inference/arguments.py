@@ -8,11 +8,10 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from crossmae.checkpoints.metadata import safetensors_metadata
-from crossmae.checkpoints.reading import hub_advice
+from crossmae.checkpoints.metadata import DETECTOR_CONFIG, safetensors_metadata
+from crossmae.checkpoints.reading import hub_advice, weights_file
 from crossmae.errors import UserError, named_by
-from det.backbone.record import recorded_config, weights_file
-from det.config import CONFIG, build_det_config, load_det_config
+from det.config import CONFIG, load_det_config
 
 COCO_FILE = "predictions.json"
 LABEL_FORMATS = {"yolo": ".txt", "labelme": ".json"}  # of other tools: the suffix of their files
@@ -47,10 +46,8 @@ def read_config(
         return load_det_config(str(config_file), overrides)
     file, folder = weights_file(Path(weights)), Path(weights) if Path(weights).is_dir() else Path(weights).parent
     try:
-        with named_by(key, weights):
-            values = recorded_config(safetensors_metadata(file)) if file else {}
-        if values:
-            return build_det_config([(str(file), values)], overrides)
+        if file and DETECTOR_CONFIG in safetensors_metadata(file):
+            return load_det_config(str(file), overrides)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: has no {CONFIG}. Name the config of its training by --config-file.")
         return load_det_config(str(folder / CONFIG), overrides)

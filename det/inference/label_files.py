@@ -125,11 +125,11 @@ def _labelme_content(
     outlines: Sequence[Sequence[list[float]]],
     names: Mapping[int, str],
 ) -> dict[str, Any]:
-    shapes = []
+    shapes = list[dict[str, Any]]()
     for number, (annotation, parts) in enumerate(zip(annotations, outlines, strict=True), start=1):
         x, y, w, h = annotation["bbox"]
         polygons = [[[part[at], part[at + 1]] for at in range(0, len(part), 2)] for part in parts]
-        shared = {
+        shared: dict[str, Any] = {
             "label": names[annotation["category_id"]],
             "shape_type": "polygon" if parts else "rectangle",
             "group_id": number if len(parts) > 1 else None,

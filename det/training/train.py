@@ -86,6 +86,8 @@ def run_settings(cfg: CfgNode) -> RunSettings:
         ema_power=1.0,
         keep=solver.CHECKPOINTS_KEPT,
         timeout_minutes=cfg.TIMEOUT_MINUTES,
+        wandb=cfg.WANDB or None,
+        wandb_key="WANDB",
     )
 
 

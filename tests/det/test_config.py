@@ -95,7 +95,7 @@ def test_overrides_mix_both_forms(write):
         (["DATASETS.TEST=('a','b')"], r"DATASETS.TEST: \('a', 'b'\) is not allowed. It must be at most one data set"),
         (["MODEL.VIT.SQUARE_PAD_TEST=1344", "INPUT.MIN_SIZE_TEST=0"], "INPUT.MIN_SIZE_TEST 0 resizes no image"),
         (["INPUT.MIN_SIZE_TRAIN=(0,)"], r"INPUT.MIN_SIZE_TRAIN: \(0,\) is not allowed. It must be pixels, at least 1"),
-        (["MODEL.DEVICE=foo"], "MODEL.DEVICE: 'foo' is not allowed. It must be cpu, cuda or cuda:N"),
+        (["MODEL.DEVICE=foo"], "MODEL.DEVICE: 'foo' is not allowed. It must be cpu, cuda, cuda:N or mps"),
         (["MODEL.VIT.SQUARE_PAD=1340"], "MODEL.VIT.SQUARE_PAD: 1340 does not fit the patches. Use a multiple of 16"),
         (["MODEL.VIT.SQUARE_PAD=1024"], "SQUARE_PAD: images of INPUT.MAX_SIZE_TRAIN 1333 do not fit into 1024"),
         (
@@ -162,6 +162,18 @@ def test_without_a_gpu_the_default_device_falls_back_and_an_asked_one_is_an_erro
     assert "SOLVER.AMP.ENABLED is False" in caplog.text
     with pytest.raises(UserError, match=r"MODEL.DEVICE: torch finds no GPU for cuda"):
         load_det_config(path, ["MODEL.DEVICE", "cuda"])
+
+
+def test_apples_gpu_is_taken_where_torch_has_it(write, monkeypatch):
+    """Not run on one."""
+    path = write("SOLVER: {AMP: {ENABLED: true}}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^MODEL.DEVICE: torch has no mps here, .* Use MODEL.DEVICE=cpu"):
+        load_det_config(path, ["MODEL.DEVICE=mps"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    cfg = load_det_config(path, ["MODEL.DEVICE=mps"])
+    assert cfg.MODEL.DEVICE == "mps"
+    assert not cfg.SOLVER.AMP.ENABLED
 
 
 def test_a_gpu_of_a_higher_number_than_there_are_is_named(write, monkeypatch):

@@ -59,7 +59,7 @@ def test_both_configs_train_and_the_encoder_fits_without_arguments(
 
     use_own_data(cfg, (str(coco), str(images)), None)
     train(cfg)
-    assert (tmp_path / "detector" / "model_final.pth").is_file()
+    assert (tmp_path / "detector" / "model_final.safetensors").is_file()
 
 
 def test_their_sizes_are_those_of_one_encoder() -> None:

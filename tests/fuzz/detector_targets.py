@@ -9,11 +9,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from crossmae.checkpoints.metadata import DETECTOR_CONFIG
+from crossmae.checkpoints.metadata import DETECTOR_CONFIG, recorded_config
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.split import split_images
 from crossmae.data.sources import open_source
-from det.backbone.record import recorded_config
 from det.classes import recorded_classes
 from det.config import build_det_config, flatten, load_det_config
 from det.data.coco import ground_truth, register_coco

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from crossmae.errors import USER_ERROR_EXIT_CODE
-from tests.crossmae.data.annotations.label_folders import write, write_coco_json, write_image
+from tests.crossmae.data.annotations.label_folders import (
+    labelme,
+    shape,
+    voc_text,
+    write,
+    write_coco_json,
+    write_image,
+)
 from tests.tools.command_line import exit_code
 from tools.split_labels import main
+
+SPLITS = ("train", "valid")
 
 
 @pytest.fixture
@@ -102,3 +114,39 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert message in error
     assert sorted(folder.rglob("*")) == before
     assert Path("foreign/train.json").read_text() == "{}"
+
+
+def test_the_commands_of_the_page_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command per format, word for word."""
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text("utf-8").partition("<!-- test: labels -->\n")[2]
+    commands = [shlex.split(line, comments=True) for line in page.partition("\n\n")[0].splitlines()]
+    make_every_format()
+    formats = []
+    for _, script, *words in commands:
+        assert script == "tools/split_labels.py"
+        assert exit_code(main, *words) == 0, capsys.readouterr().err
+        record = read("OUT/split.json")
+        assert {"train", "val"} <= record["counts"].keys()
+        assert sum(own["objects"] for own in record["counts"].values()) == 8
+        formats.append(record["format"])
+    assert formats == ["COCO", "COCO", "COCO", "YOLO", "YOLO", "Pascal VOC", "LabelMe", "masks"]
+
+
+def make_every_format() -> None:
+    """Write the names of the page, with eight objects each."""
+    names = [f"{at}.jpg" for at in range(8)]
+    for at, name in enumerate(names):
+        for place in ("IMAGES", "images", "cvat/images", "voc/JPEGImages", "labelme", f"roboflow/{SPLITS[at // 4]}"):
+            write_image(Path(place, name), at)
+        write(Path(f"labels/{at}.txt"), "0 .5 .5 .2 .2\n")
+        write(Path(f"voc/Annotations/{at}.xml"), voc_text(name, [("a", (1, 2, 9, 9))]))
+        write(Path(f"labelme/{at}.json"), labelme(name, [shape("a", [[1, 2], [9, 2], [9, 8]])]))
+        Image.fromarray(np.eye(30, 40, dtype=np.uint8)).save(write(Path(f"masks/{at}.png"), b""))
+    write(Path("labels/classes.txt"), "a\n")
+    write(Path("data.yaml"), "train: images\nval: images\nnames: [a]\n")
+    write_coco_json(Path("coco.json"), names)
+    write_coco_json(Path("cvat/annotations/instances_default.json"), names)
+    for number, split in enumerate(SPLITS):
+        write_coco_json(Path("roboflow", split, "_annotations.coco.json"), names[number * 4 :][:4])

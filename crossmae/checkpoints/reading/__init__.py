@@ -19,13 +19,20 @@ def detector_file(folder: Path) -> Path | None:
     return next((folder / name for name in names if name and (folder / name).is_file()), None)
 
 
+def weights_file(path: Path) -> Path | None:
+    """Find the file of a detector's weights without reading it."""
+    if not path.is_dir():
+        return path
+    return detector_file(path) or (path / MODEL_FILE if (path / MODEL_FILE).is_file() else None)
+
+
 def first_line(pointer: Path) -> str:
     """Read a short file that names another file, "" without one."""
     return pointer.read_text(encoding="utf-8", errors="replace")[:_MAX_POINTER].strip() if pointer.is_file() else ""
 
 
 def hub_advice(path: Path) -> str:
-    """Return the command that gets a model of a hub, "" for other paths."""
+    """Return the command that gets a hub's model, or ""."""
     name = path.as_posix()
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name) or path.parent.exists():
         return ""

@@ -37,6 +37,7 @@ def sweep(
         JSON: `cells` with the scores of all pairs, the `chosen` cell, and the `default` cell (None if its pair was not
         tried).
     """
+    device = torch.device("cpu") if device.type == "mps" else device  # the statistics are float64
     features, queries = standardize(train.features.to(device), val.features.to(device))
     labels = train.labels.to(device)
     own = torch.tensor(evenly_spaced(len(features), LEAVE_ONE_OUT), device=device)

@@ -79,13 +79,13 @@ def split_images(
     Raises UserError if there are fewer than two groups, or annotations whose image is missing.
     """
     entries = sorted(content["images"], key=image_key)
-    positions = {entry["id"]: at for at, entry in enumerate(entries) if isinstance(entry.get("id"), int | str)}
-    if len(positions) < len(entries):
+    positions = {id_key(entry.get("id")): at for at, entry in enumerate(entries)}
+    if len(positions) < len(entries) or "" in positions:
         raise UserError("images: an id is missing or given again. Number the images.")
     classes: list[set[Hashable]] = [set() for _ in entries]
     for number, annotation in enumerate(content["annotations"]):
-        image, category = annotation.get("image_id"), annotation.get("category_id")
-        if not isinstance(image, int | str) or image not in positions or not isinstance(category, int | str):
+        image, category = id_key(annotation.get("image_id")), id_key(annotation.get("category_id"))
+        if image not in positions or not category:
             raise UserError(f"annotations[{number}]: has no image or no category. Correct the annotations.")
         if annotation.get("iscrowd") != 1:
             classes[positions[image]].add(category)
@@ -100,18 +100,32 @@ def split_images(
     held_out = stratified_split(groups, sizes, val, seed)
     if len(set(held_out)) < 2:  # few images
         held_out[int(np.argmin(sizes))] = not held_out[0]
-    is_val = [held_out[number] for number in numbers]
-    return {side: select(content, [e["id"] for e, v in zip(entries, is_val, strict=True) if v is (side == "val")])
-            for side in SPLIT_SIDES}  # fmt: skip
+    ids: dict[str, list[str]] = {side: [] for side in SPLIT_SIDES}
+    for entry, number in zip(entries, numbers, strict=True):
+        ids["val" if held_out[number] else "train"].append(id_key(entry["id"]))
+    return {side: select(content, own) for side, own in ids.items()}
 
 
-def select(content: Mapping[str, Any], ids: Sequence[Hashable]) -> dict[str, Any]:
-    """Copy a COCO content with some of its images, and all categories."""
+def id_key(value: Any) -> str:
+    """Return an id as text, "" for no id.
+
+    7, 7.0 and "7" are equal.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+
+
+def select(content: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """Copy a COCO content with some of its images, and all categories.
+
+    `ids` are from `id_key`.
+    """
     kept = set(ids)
     return {
         **content,
-        "images": [entry for entry in content["images"] if entry["id"] in kept],
-        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in kept],
+        "images": [entry for entry in content["images"] if id_key(entry["id"]) in kept],
+        "annotations": [entry for entry in content["annotations"] if id_key(entry["image_id"]) in kept],
     }
 
 

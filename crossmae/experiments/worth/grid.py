@@ -329,7 +329,7 @@ def read_detection(run: Path) -> dict[str, float]:
         for task, key, name in APS_OF_RESULTS
         if task in results and results[task].get(key) is not None
     }
-    remove_weights(run, "*.pth")
+    remove_weights(run, "model_*.safetensors")
     return numbers
 
 

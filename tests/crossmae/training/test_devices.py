@@ -28,6 +28,7 @@ from crossmae.training.devices import (
     compile_blocks,
     multiplies_bf16,
     open_device,
+    widest_float,
 )
 from crossmae.training.resume import resumed_precision
 
@@ -86,6 +87,21 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch)
     assert open_device("auto", "runtime.device", local_rank=3, processes=4) == torch.device("cuda:3")
     open_device("cpu", "runtime.device")
     assert chosen == [torch.device("cuda:1"), torch.device("cuda:3")]
+
+
+def test_apples_gpu_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 by default. Not run on one."""
+    with pytest.raises(UserError, match=r"^runtime\.device: torch has no mps here, .* Use runtime\.device=cpu"):
+        open_device("mps", "runtime.device")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
+    device = open_device("mps", "runtime.device")
+    assert device.type == "mps"
+    assert choose_precision("auto", device, width=768) == "fp32"
+    assert choose_compilation("auto", device) == (False, "")
+    assert widest_float(device) == torch.float32
+    with pytest.raises(UserError, match=r"2 processes cannot share mps"):
+        open_device("mps", "runtime.device", processes=2)
 
 
 def write_record(run: Path, step: int, content: Any) -> None:

@@ -32,8 +32,8 @@ def test_a_log_is_cut_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> 
 
 def test_without_wandb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r'log\.wandb \(null does.*pip install -e "\.\[wandb\]"'):
-        start_wandb("mine", tmp_path, {}, resumed=False)
+    with pytest.raises(UserError, match=r'log\.wandb \(leave it out.*pip install -e "\.\[wandb\]"'):
+        start_wandb("mine", "log.wandb", tmp_path, {}, resumed=False)
 
 
 def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_identity(
@@ -44,7 +44,7 @@ def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_identity(
     fake.init = lambda **given: started.append(given)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for resumed in (False, True, False):
-        start_wandb("mine", tmp_path, {"optim": {"batch_size": 4}}, resumed)
+        start_wandb("mine", "log.wandb", tmp_path, {"optim": {"batch_size": 4}}, resumed)
     first, resumed, fresh = (given["id"] for given in started)
     assert first == resumed != fresh
     assert started[0]["project"] == "mine"

@@ -7,20 +7,23 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
+import det
 from crossmae import checkpoints
 from crossmae.checkpoints.formats.training_record import recorded_training
 from crossmae.checkpoints.metadata import DETECTOR_CONFIG, STARTED_FROM
-from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL
+from crossmae.checkpoints.provenance import LICENCE, NON_COMMERCIAL, inherited
 from crossmae.checkpoints.weights import read_weights, save_weights
 from crossmae.errors import UserError
 from det.backbone.record import detector_metadata, training_metadata
@@ -32,7 +35,7 @@ from det.training.checkpoint import write_detector
 from tests.det.coco_files import write_coco
 from tests.det.detectors import write_run
 from tests.tools.command_line import exit_code
-from tools import export_detector, predict, train_net
+from tools import evaluate, export_detector, predict, train_net
 
 CLASSES = Classes(("red", "green", "blue"), (1, 2, 3))
 ROOT = Path(__file__).parents[3]
@@ -125,8 +128,6 @@ def test_a_config_that_changes_the_meaning_is_warned_of(single: Path, caplog: py
 def test_every_tool_takes_it(
     single: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture()).save("a.png")
     found = {}
@@ -148,7 +149,10 @@ def test_every_tool_takes_it(
         data = ["--val-json", str(path), "--val-images", str(images), f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={name}"]
         train_net.main(["--config-file", str(run / "config.yaml"), "--eval-only", *data])
         results.append(json.loads(Path(name, "results.json").read_text()))
-    assert results[0] == results[1]
+    words = (str(single), str(path), "--images", str(images), "--output", "five")
+    assert exit_code(evaluate.main, *words) == 0
+    results.append(json.loads(Path("five/results.json").read_text()))
+    assert results[0] == results[1] == results[2]
     cfg = read_config(None, single, [f"MODEL.WEIGHTS={single}"])
     report = load_weights(build_detector(cfg), cfg)
     assert report is not None
@@ -156,8 +160,6 @@ def test_every_tool_takes_it(
 
 
 def test_a_licence_is_carried_from_the_encoder_to_the_detector_and_its_card(run: Path, tmp_path: Path) -> None:
-    from crossmae.checkpoints.provenance import inherited
-
     values = dict(flatten(load_det_config(str(run / "config.yaml"))))
     metadata = inherited(NON_COMMERCIAL, (), "mae_pretrain_vit_base.pth") | detector_metadata(values, CLASSES)
     write_detector(tmp_path / "x.safetensors", read_weights(run).tensors, metadata, 5)
@@ -209,6 +211,21 @@ def test_the_line_of_the_docs_writes_what_detectron2_loads(
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     DetectionCheckpointer(model).load("detector.pth")
     assert all(torch.equal(value, read_weights(single).tensors[name]) for name, value in model.state_dict().items())
+
+
+def test_the_lines_of_the_docs_on_predictions(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/detection.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- test: predictor -->\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/detector").mkdir(parents=True)
+    shutil.copy(single, "outputs/detector/model_best.safetensors")
+    for name in ("photo.jpg", "a.jpg", "b.png"):
+        Image.fromarray(picture()).save(name)
+    names: dict[str, Any] = {"det": det, "Image": Image, "pixels": picture()}
+    exec(code, names)
+    assert [len(found) for found in names["several"]] == [5, 5, 5]
+    assert set(names["names"]) <= set(CLASSES.names)
+    assert Path("found.png").stat().st_size > 1000
 
 
 def test_classes_stay_with_the_model(single: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: layer decay, repeatable and bit-exactly resumable runs, atomic checkpoints, evaluation, one-line errors."""
 
+import importlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +43,7 @@ def quiet_root_logger():
 def no_pictures(monkeypatch):
     """Draw neither report nor pictures nor curves, which take seconds and have tests of their own."""
     for name in ("det.training.train", "det.training.evaluations"):
-        monkeypatch.setattr(sys.modules[name], "write_report", lambda folder: folder / "report.html")
+        monkeypatch.setattr(importlib.import_module(name), "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "validation_pictures", lambda *_: [])
     monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "save_figure", lambda *_: None)
 
@@ -53,6 +55,19 @@ def command(tmp_path):
     path, images, _ = write_coco(tmp_path / "data")
     words = ["--config-file", str(tmp_path / "tiny.yaml"), "--train-json", str(path), "--train-images", str(images)]
     return [*words, "--val-json", str(path), "--val-images", str(images), f"OUTPUT_DIR={tmp_path / 'out'}"]
+
+
+def test_weights_and_biases_gets_losses_and_ap(command, tmp_path, monkeypatch, no_pictures):
+    logged, given = [], {}
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **settings: given.update(settings) or run, Image=lambda path: path)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    main([*command, "WANDB=mine", "SOLVER.MAX_ITER=2"])
+    assert (given["project"], given["config"]["SOLVER"]["MAX_ITER"]) == ("mine", 2)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    sent = {step: set().union(*(values for one, values in logged if one == step)) for step, _ in logged}
+    assert {"loss", "lr", "bbox/AP", "segm/AP"} <= sent[2]
+    assert all(line.keys() - {"step", "epoch"} <= sent[line["step"]] for line in lines)
 
 
 def final_state(folder):
@@ -273,7 +288,7 @@ def test_a_run_is_shortened_and_continues_exactly(tmp_path, command, caplog):
     main([*words, f"OUTPUT_DIR={run}", "SOLVER.SHORTEN_TO=1.2", "--resume"])
     assert "SOLVER.SHORTEN_TO: the run ends after step 3, not 4. From step 1 on" in caplog.text
     assert "3 steps of 2 images: 1.2 epochs of 5 images" in (run / "log.txt").read_text()
-    assert final_state(run)["iteration"] == 3
+    assert final_state(run).metadata["step"] == "3"
     # Steps 0, 1 and 2 have the rates of 0, 1 and 2.5.
     assert [row["lr"] for row in rows(run) if "lr" in row] == [planned[0], planned[1], planned[2]]
     shutil.copytree(run, other)

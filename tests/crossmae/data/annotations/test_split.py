@@ -93,6 +93,15 @@ def test_folders_and_equal_files_stay_together(tmp_path: Path) -> None:
     assert len(names(sides["val"])) in (10, 12, 14)
 
 
+def test_ids_as_text_or_fractions_are_found(tmp_path: Path) -> None:
+    content = content_of([{1}, {2}, {1}, {2}])
+    expected = split_images(content, tmp_path, 0.5, 0, False)["val"]
+    content["annotations"][0]["image_id"], content["annotations"][1]["image_id"] = "0", 1.0
+    found = split_images(content, tmp_path, 0.5, 0, False)["val"]
+    assert names(found) == names(expected)
+    assert [one["id"] for one in found["annotations"]] == [one["id"] for one in expected["annotations"]]
+
+
 def test_few_images(tmp_path: Path) -> None:
     sides = split_images(content_of([{1}, set()]), tmp_path, 0.2, 0, False)
     assert [len(side["images"]) for side in sides.values()] == [1, 1]

@@ -151,6 +151,6 @@ def test_plan_and_page_of_a_grid_of_two_cells(tmp_path: Path):
     assert verdict
     assert f"{'detect':<10} {1:>5} {1:>5}" in plan.describe_plan(question, two, 2, [])
     run = tmp_path / "out/runs/detect-own-share100-seed0"
-    assert not list(run.glob("*.pth"))
+    assert not list(run.glob("model_*.safetensors"))
     (row,) = [row for row in plan.finished_rows(cells, tmp_path / "out/results.jsonl").values() if row.cell == run.name]
     assert {"mask_AP", "box_AP"} <= row.numbers.keys()
