@@ -55,8 +55,11 @@ def test_every_requirement_is_listed_with_its_extras() -> None:
 def test_the_licence_is_the_stated_one(library: str, licence: str) -> None:
     text = stated(library)
     assert bool(text) == (licence != "not stated"), text
+    pinned = re.search(rf"^{library}==(\S+)", (ROOT / "requirements-tested.txt").read_text("utf-8"), re.I | re.M)
+    if pinned and pinned[1] != metadata.version(library).partition("+")[0]:
+        assert not text or kinds(text) & kinds(licence)  # other versions may list more licences of what they contain
+        return
     assert kinds(text) <= kinds(licence)
     assert kinds(text) or not text
-    pinned = re.search(rf"^{library}==(\S+)", (ROOT / "requirements-tested.txt").read_text("utf-8"), re.I | re.M)
-    if pinned and pinned[1] == metadata.version(library) and metadata.metadata(library).get("License-Expression"):
+    if metadata.metadata(library).get("License-Expression"):
         assert licence == text
