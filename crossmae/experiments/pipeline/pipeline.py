@@ -365,8 +365,8 @@ def print_plan(decision: Decision) -> None:
 def split_stage(request: Request) -> Stage:
     """Build the stage that reads and splits the labels."""
     folder = request.output / "data"
-    named = (str(request.labels), "--images", str(request.images), "--output", str(folder))
-    words = (*named, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
+    words: tuple[str, ...] = (str(request.labels), "--images", str(request.images), "--output", str(folder))
+    words = (*words, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
     words = (*words, "--by-folder") if request.by_folder else words
     return Stage(
         "split", "Read the labels, and hold out images for validation", "tools/split_labels.py", words, ("data",)
