@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, metavar="FILE", help="continue pretraining from these weights")
     add("--compare", action="store_true", help="train the same detector from random weights, too")
     add("--val", type=float, default=0.2, metavar="SHARE", help="share of held-out labelled images (default: 0.2)")
+    add("--by-folder", action="store_true", help="hold out whole folders, as for frames of a video")
     add("--pretrain-share", type=float, default=40, metavar="P", help="percent of the training time (default: 40)")
     add(
         "--size",
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights=arguments.weights and arguments.weights.absolute(),
         pretrain_share=arguments.pretrain_share,
         val_share=arguments.val,
+        by_folder=arguments.by_folder,
         compare=arguments.compare,
         size=arguments.size,
         seed=arguments.seed,
@@ -93,7 +95,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 f"--{flag.replace('_', '-')}: {value} is out of range. Give a number between {low} and {high}."
             )
     if arguments.labels is None:
-        for flag in ("compare", "size", "detect_set"):
+        for flag in ("compare", "size", "detect_set", "by_folder"):
             if getattr(arguments, flag):
                 raise UserError(f"--{flag.replace('_', '-')}: only a detector uses it. Add --labels.")
 

@@ -18,8 +18,8 @@ from tools import run
 ROOT = Path(__file__).parents[2]
 COUNT, SIDE = 40, 64
 # A model so small that a minute of training is enough to see all stages.
-PRETRAIN_SET = ("model.img_size=32", "model.patch_size=8", "model.depth=2", "model.decoder_depth=1")
-DETECT_SET = ("MODEL.VIT.PRETRAIN_IMG_SIZE=32", "MODEL.VIT.PATCH_SIZE=8", "MODEL.VIT.DEPTH=2")
+PRETRAIN_SET = ("model.img_size=64", "model.depth=2", "model.decoder_depth=1")
+DETECT_SET = ("MODEL.VIT.PRETRAIN_IMG_SIZE=64", "MODEL.VIT.DEPTH=2")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_wrong_arguments_are_one_line_and_write_nothing(
 @pytest.mark.parametrize("labels", ["labels.json", "yolo"])
 def test_from_labels_to_an_ap_and_again(data: Path, labels: str) -> None:
     images = "IMAGES" if labels.endswith("json") else "yolo/images/train"
-    words = [images, "--labels", labels, "--budget", "6m", "--output", "out", "--size", "128"]
+    words = [images, "--labels", labels, "--budget", "4m", "--output", "out", "--size", "128"]
     words += ["--pretrain-set", *PRETRAIN_SET, "--detect-set", *DETECT_SET]
     command = [sys.executable, ROOT / "tools/run.py", *words]
     first = subprocess.run(command, cwd=data, capture_output=True, text=True, check=False)

@@ -77,6 +77,7 @@ class Request:
         weights: where pretraining starts; None: random weights.
         pretrain_share: percent of the training time for pretraining.
         val_share: share of the labelled images that are held out, if the labels have no split of their own.
+        by_folder: images of a folder are all held out, or none of them.
         compare: train the same detector from random weights, too.
         size: longest side of the images that the detector sees; None: chosen by the images and the budget.
     """
@@ -88,6 +89,7 @@ class Request:
     weights: Path | None = None
     pretrain_share: float = PRETRAIN_SHARE
     val_share: float = 0.2
+    by_folder: bool = False
     compare: bool = False
     size: int | None = None
     seed: int = 0
@@ -363,8 +365,9 @@ def print_plan(decision: Decision) -> None:
 def split_stage(request: Request) -> Stage:
     """Build the stage that reads and splits the labels."""
     folder = request.output / "data"
-    named = (str(request.labels), "--images", str(request.images), "--output", str(folder))
-    words = (*named, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
+    words: tuple[str, ...] = (str(request.labels), "--images", str(request.images), "--output", str(folder))
+    words = (*words, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
+    words = (*words, "--by-folder") if request.by_folder else words
     return Stage(
         "split", "Read the labels, and hold out images for validation", "tools/split_labels.py", words, ("data",)
     )

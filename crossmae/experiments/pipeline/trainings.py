@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -249,6 +250,7 @@ def _few_images(val: LabelledSplit, path: Path) -> LabelledSplit:
 
 def _time(name: str, words: tuple[str, ...], run: Path, done: Path, images: int) -> Timing:
     cell = Cell(name, {"kind": name}, (Step(words, done, folder=run),), timing_reader(run / "log.jsonl"))
+    logging.getLogger(run_cells.__module__).setLevel(logging.WARNING)  # its progress is that of a grid
     rows = run_cells([cell], run.parent / RESULTS)
     if not rows:
         raise UserError(f"{run}: the measurement was stopped. Repeat the command.")
