@@ -26,6 +26,7 @@ from PIL import Image
 import crossmae
 from crossmae.doctor import read_lists
 from crossmae.errors import COMMANDS
+from tests.tools.labelled_squares import run_words, write_squares
 
 ROOT = Path(__file__).parents[1]
 LICENCES = ("LICENSE", "NOTICE", "THIRD_PARTY.md")
@@ -146,6 +147,19 @@ def test_from_images_to_converted_weights_in_an_empty_folder(programs: Path, tmp
     told = call([program, "convert", "run", "backbone.pth", "--to", "detectron2"], tmp_path)
     assert "\nproof " in told
     assert (tmp_path / "backbone.pth").is_file()
+
+
+@pytest.mark.slow
+def test_from_labels_to_an_ap_in_an_empty_folder(programs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
+    write_squares(tmp_path)
+    told = call([programs / "crossmae", "run", *run_words("yolo")], tmp_path)
+    assert "$ crossmae pretrain --config-file pretrain/laptop.yaml" in told
+    assert "$ crossmae detect --config-file laptop_mask_rcnn.yaml" in told
+    assert json.loads((tmp_path / "out/detect-own/results.json").read_text())["bbox"]["AP50"] is not None
+    page = (tmp_path / "out/report.html").read_text()
+    assert "crossmae predict" in page
+    assert "tools/" not in page
 
 
 def test_a_wrong_name_of_a_config_lists_those_of_the_wheel(programs: Path, tmp_path: Path) -> None:

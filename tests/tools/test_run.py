@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.tools.command_line import exit_code
+from tests.tools.labelled_squares import LABELS, run_words, write_squares
 from tools import run
 
 ROOT = Path(__file__).parents[2]
-COUNT, SIDE = 40, 64
-# A model so small that a minute of training is enough to see all stages.
-PRETRAIN_SET = ("model.img_size=64", "model.depth=2", "model.decoder_depth=1")
-DETECT_SET = ("MODEL.VIT.PRETRAIN_IMG_SIZE=64", "MODEL.VIT.DEPTH=2")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Images with a square each, with labels as COCO and as YOLO."""
-    rng, content = np.random.default_rng(0), {"images": [], "annotations": [], "categories": [{"id": 1, "name": "box"}]}
-    for name in ("IMAGES", "yolo/images/train", "yolo/labels/train"):
-        (tmp_path / name).mkdir(parents=True)
-    for number in range(COUNT):
-        pixels = rng.integers(0, 90, (SIDE, SIDE, 3), np.uint8)
-        x, y = (int(value) for value in rng.integers(0, SIDE - 24, 2))
-        pixels[y : y + 24, x : x + 24] = (250, 40, 40)
-        for folder in ("IMAGES", "yolo/images/train"):
-            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
-        content["images"].append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": SIDE})
-        corners = [x, y, x + 24, y, x + 24, y + 24, x, y + 24]
-        annotation = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": [x, y, 24, 24], "area": 576}
-        content["annotations"].append(annotation | {"segmentation": [corners], "iscrowd": 0})
-        shares = " ".join(f"{value / SIDE:.6f}" for value in corners)
-        (tmp_path / f"yolo/labels/train/{number}.txt").write_text(f"0 {shares}\n")
-    (tmp_path / "labels.json").write_text(json.dumps(content))
-    (tmp_path / "yolo/data.yaml").write_text("path: .\ntrain: images/train\nnames: [box]\n")
+    write_squares(tmp_path)
     return tmp_path
 
 
@@ -68,12 +45,9 @@ def test_wrong_arguments_are_one_line_and_write_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["labels.json", "yolo"])
+@pytest.mark.parametrize("labels", LABELS)
 def test_from_labels_to_an_ap_and_again(data: Path, labels: str) -> None:
-    images = "IMAGES" if labels.endswith("json") else "yolo/images/train"
-    words = [images, "--labels", labels, "--budget", "4m", "--output", "out", "--size", "128"]
-    words += ["--pretrain-set", *PRETRAIN_SET, "--detect-set", *DETECT_SET]
-    command = [sys.executable, ROOT / "tools/run.py", *words]
+    command = [sys.executable, str(ROOT / "tools/run.py"), *run_words(labels)]
     first = subprocess.run(command, cwd=data, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     results = json.loads((data / "out/detect-own/results.json").read_text())
@@ -85,4 +59,3 @@ def test_from_labels_to_an_ap_and_again(data: Path, labels: str) -> None:
     again = subprocess.run(command, cwd=data, capture_output=True, text=True, check=True)
     assert again.stdout.count(": reused, took ") == 3
     assert (data / "out/report.html").is_file()
-    shutil.rmtree(data / "out")
