@@ -22,7 +22,7 @@ import psutil
 from pydantic import Field
 
 from crossmae.data.images import read_image
-from crossmae.errors import UserError, counted, run_cli
+from crossmae.errors import UserError, advise, counted, run_cli
 from crossmae.files import read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
@@ -175,13 +175,13 @@ def comparison_section(
     blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
     if len(arms) < 2:
-        return page.Section("Result", ONE_RUN, blocks)
+        return page.Section("Result", advise(ONE_RUN), blocks)
     if not differences:
         needed = (inputs.annotations, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
     if inputs.worth and inputs.train and inputs.val:
         blocks.append(worth_command(run.path, inputs.worth, inputs.train, inputs.val))
-    return page.Section("Comparison", verdict(differences), blocks)
+    return page.Section("Comparison", advise(verdict(differences)), blocks)
 
 
 def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> str:
@@ -516,7 +516,7 @@ def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str
         cells = ("-" if value is None else f"{value:.1f}" for value in headlines(arm.results))
         lines.append(f"{arm.start:<18}" + "".join(f"{cell:>11}" for cell in cells))
     text = verdict(differences) if len(arms) > 1 else ONE_RUN
-    return "\n".join([*lines, "", *textwrap.wrap(text, 110)]) + "\n"
+    return "\n".join([*lines, "", *textwrap.wrap(advise(text), 110)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
