@@ -522,7 +522,7 @@ def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output folder of tools/run.py or the demo, such as outputs/run")
+    parser.add_argument("folder", type=Path, help="output folder of `crossmae run` or the demo, such as outputs/run")
     run = RunFolder(parser.parse_args(argv).folder)
     if not run.path.is_dir():
         raise UserError(f"{run.path}: no such folder. Run tools/run.py first.")
