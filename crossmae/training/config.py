@@ -218,7 +218,7 @@ class RunSettings:
         width: width of the encoder, which "auto" depends on; 0: it does not.
         settings: all settings as JSON values, for checkpoints and Weights & Biases.
         config_text: content of config.yaml.
-        ema, ema_power: decay of the averaged weights, None: no average; and how fast the decay rises to it.
+        ema: decay of the averaged weights, None: no average.
         clip_grad: largest norm of the gradients; None: no clipping.
         compiled: compile the blocks; "auto": on a GPU.
         keep: number of checkpoints to keep.
@@ -240,7 +240,6 @@ class RunSettings:
     against_divergence: str
     against_full_memory: str
     ema: float | None = None
-    ema_power: float = 2 / 3
     clip_grad: float | None = None
     compiled: bool | Literal["auto"] = False
     compile_key: str = "runtime.compile"

@@ -207,7 +207,7 @@ def run_job(run: RunSettings, job: Job, ranks: Ranks, precision: str) -> None:
     compiled, sentence = choose_compilation(run.compiled, device)
     if compiled:
         torch.compiler.reset()  # torch limits the variants of a function, and counts those of earlier runs
-    values = (run.ema, run.clip_grad, compiled, job.start, run.ema_power, steps_unread(device))
+    values = (run.ema, run.clip_grad, compiled, job.start, steps_unread(device))
     state = TrainingState(job.model, job.optimizer, ranks, precision, *values)
     watch = job.watch_broken(folder, resumed)
     job.announce(state.step)

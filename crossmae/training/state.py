@@ -26,6 +26,10 @@ from crossmae.training.optimizers import can_skip
 from crossmae.training.processes import Ranks
 from crossmae.training.versions import versions
 
+# In step t, the decay is at most 1 - (1 + t) ** -EMA_POWER, so that the average forgets the first weights in short
+# runs, too. With a power of 1, it would be the mean of all weights until then.
+EMA_POWER = 2 / 3
+
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20  # largest number of consecutive steps that fp16 may skip because a gradient is not finite
@@ -124,7 +128,6 @@ class TrainingState:
         clip_grad: float | None,
         compiled: bool,
         start: Path | None,
-        ema_power: float = 2 / 3,
         check_every: int = 1,
     ) -> None:
         self.model, self.optimizer, self.ranks, self.clip_grad = model, optimizer, ranks, clip_grad
@@ -142,7 +145,7 @@ class TrainingState:
             restore_weights(model, start / MODEL)
             # An optimizer on the CPU keeps these tensors, and the file is deleted after a later checkpoint.
             state = read_state(start, mapped=self.device.type != "cpu")
-        self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=ema_power) if ema else None
+        self.ema = ModelEmaV3(model, ema, use_warmup=True, warmup_power=EMA_POWER) if ema else None
         # In place, after the copy for the average. Copies are not compiled.
         self.is_compiled = compiled and bool(compile_blocks(model))
         self.parallel = model if ranks.world_size == 1 else average_gradients(model, self.is_compiled)

@@ -83,7 +83,6 @@ def run_settings(cfg: CfgNode) -> RunSettings:
         f"{solver.WARMUP_ITERS}), and start again in another OUTPUT_DIR.",
         against_full_memory="Double SOLVER.ACCUMULATE, or set MODEL.VIT.ACTIVATION_CHECKPOINTING=True.",
         ema=solver.EMA.DECAY if solver.EMA.ENABLED else None,
-        ema_power=1.0,
         keep=solver.CHECKPOINTS_KEPT,
         timeout_minutes=cfg.TIMEOUT_MINUTES,
         wandb=cfg.WANDB or None,

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -105,16 +106,31 @@ def test_two_parts_make_the_step_of_two_processes(detector, tmp_path):
 def test_the_average_follows_the_weights_and_warms_up():
     model = Quadratic()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    state = TrainingState(model, optimizer, Ranks(), "fp32", 0.9, None, False, None, ema_power=1.0)
+    state = TrainingState(model, optimizer, Ranks(), "fp32", 0.9, None, False, None)
     batch = list(torch.ones(2, 2, dtype=torch.float64))
     expected = model.weight.detach().clone()
     for step in range(50):
         state.forward_backward(DetectorLoss(0, 1, 0), batch, step, 1, True)
         state.update(0.01)
-        decay = 0.0 if step == 0 else min(0.9, step / (1 + step))
+        decay = 0.0 if step == 0 else min(0.9, 1 - (1 + step) ** (-2 / 3))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(state.ema.module.weight.detach(), expected)
     assert not torch.equal(state.ema.module.weight, model.weight)
+
+
+@pytest.mark.parametrize("steps", [40, 150, 350, 1000])
+def test_the_average_of_a_short_run_is_of_its_last_fifth(steps):
+    """A decay for long runs must not keep the first weights of a short one: their weights count almost nothing."""
+    state = TrainingState(
+        Quadratic(), torch.optim.SGD([torch.zeros(1)], 0.01), Ranks(), "fp32", 0.998, None, False, None
+    )
+    decays = []
+    for step in range(steps):
+        state.ema.update(state.model, step)
+        decays.append(state.ema.get_decay(step))
+    shares = [(1 - decay) * math.prod(decays[step + 1 :]) for step, decay in enumerate(decays)]
+    assert sum(shares[: steps // 2]) < 0.15
+    assert sum(shares[-steps // 3 :]) > 0.6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
