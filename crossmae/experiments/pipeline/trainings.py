@@ -11,7 +11,6 @@ from pathlib import Path
 from crossmae.errors import UserError, named_by
 from crossmae.experiments.cells import Cell, Step, run_cells
 from crossmae.experiments.pipeline.plan import Length, Timing
-from crossmae.experiments.stages import RESUME
 from crossmae.experiments.worth.grid import TIMED_FINE_TUNING, TIMED_PRETRAINING, timing_reader
 from crossmae.experiments.worth.plan import RESULTS, seconds_of_kind
 from crossmae.files import read_json, write_json
@@ -256,8 +255,3 @@ def _time(name: str, words: tuple[str, ...], run: Path, done: Path, images: int)
         raise UserError(f"{run}: the measurement was stopped. Repeat the command.")
     overhead, step = seconds_of_kind(rows[0], "wall_seconds")
     return Timing(overhead, step, images)
-
-
-def resumable(words: Sequence[str]) -> tuple[str, ...]:
-    """Add the flag that continues an unfinished run."""
-    return (*words, RESUME)
