@@ -41,27 +41,48 @@ def compare_pictures(
     """Draw images with true objects (left) and the predictions of each detector.
 
     Every call chooses the same images: `count` images with objects, evenly spaced by id. Crowd regions and predictions
-    below SCORE_THRESHOLD are not drawn. Returns file names and pictures (H, W, 3) uint8 RGB.
+    below a threshold are not drawn, see `drawing_threshold`. Returns file names and pictures (H, W, 3) uint8 RGB.
 
     Args:
         results: COCO results by the words that name the detector in the picture.
     """
     categories = {one["id"]: str(one["name"]) for one in sorted(ground_truth["categories"], key=lambda one: one["id"])}
     true = [annotation for annotation in ground_truth["annotations"] if not annotation.get("iscrowd", 0)]
-    found = [[result for result in every if result["score"] >= SCORE_THRESHOLD] for every in results.values()]
-    pictures = []
-    for entry in spread_images(ground_truth, count):
+    entries, pictures = spread_images(ground_truth, count), []
+    shown = {entry["id"] for entry in entries}
+    objects = sum(annotation["image_id"] in shown for annotation in true)
+    thresholds = [
+        drawing_threshold([one["score"] for one in every if one["image_id"] in shown], objects)
+        for every in results.values()
+    ]
+    found = [
+        [result for result in every if result["score"] >= threshold]
+        for every, threshold in zip(results.values(), thresholds, strict=True)
+    ]
+    for entry in entries:
         name = image_name(entry)
         pixels = read_rgb(images / name, image_limits(sys.maxsize))  # evaluation has read it
         here = [[one for one in every if one["image_id"] == entry["id"]] for every in (true, *found)]
-        panels = [draw_instances(pixels, instances_from_coco(objects, categories), DRAWN_SIDE) for objects in here]
-        predicted = zip(results, here[1:], strict=True)
+        panels = [draw_instances(pixels, instances_from_coco(drawn, categories), DRAWN_SIDE) for drawn in here]
+        predicted = zip(results, thresholds, here[1:], strict=True)
         captions = [
             f"{printable(name)}, true objects: {len(here[0])}",
-            *(f"{words}, with scores >= {SCORE_THRESHOLD:g}: {len(objects)}" for words, objects in predicted),
+            *(f"{words}, with scores >= {threshold:.2g}: {len(drawn)}" for words, threshold, drawn in predicted),
         ]
         pictures.append((name, draw_sheet(panels, captions, CAPTION_SIZE, len(panels))))
     return pictures
+
+
+def drawing_threshold(scores: Sequence[float], objects: int) -> float:
+    """Choose the score from which predictions are drawn: SCORE_THRESHOLD, or less for a weak detector.
+
+    Empty pictures would show nothing of a detector whose scores are low. If fewer predictions than half of the true
+    objects reach SCORE_THRESHOLD, as many predictions as true objects are drawn.
+    """
+    confident = sum(score >= SCORE_THRESHOLD for score in scores)
+    if 2 * confident >= objects or not scores:
+        return SCORE_THRESHOLD
+    return min(sorted(scores, reverse=True)[:objects][-1], SCORE_THRESHOLD)
 
 
 def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Path) -> None:

@@ -8,7 +8,14 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
-from det.evaluation.pictures import DRAWN_SIDE, find_pictures, save_pictures, spread_images, validation_pictures
+from det.evaluation.pictures import (
+    DRAWN_SIDE,
+    drawing_threshold,
+    find_pictures,
+    save_pictures,
+    spread_images,
+    validation_pictures,
+)
 from det.inference.draw import class_color
 from tests.det.coco_files import annotation, write_coco
 
@@ -51,7 +58,8 @@ def test_only_what_reaches_the_threshold_is_drawn_in_one_colour_a_class(tmp_path
     """Also where the file lists the categories in another order."""
     _, images, content = write_coco(tmp_path, images=3)
     content["categories"].reverse()
-    (_, below), (truth, at), (_, none) = draw_sides(content, images, [detection(1, 0.49), detection(2, 0.5)])
+    results = [detection(1, 0.49), detection(2, 0.5), detection(2, 0.5)]
+    (_, below), (truth, at), (_, none) = draw_sides(content, images, results)
     assert np.array_equal(below, enlarged(images / "1.png"))
     assert np.array_equal(none, enlarged(images / "3.png"))
     assert truth[EDGE].tolist() == at[EDGE].tolist() == list(class_color(1))
@@ -111,6 +119,21 @@ def test_large_images_are_reduced_with_their_objects(tmp_path):
         left * DRAWN_SIDE // 3000 + 8 : right * DRAWN_SIDE // 3000 - 8,
     ]
     assert inside.any(-1).mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("scores", "objects", "threshold"),
+    [
+        ([0.9, 0.8, 0.3], 3, 0.5),  # two of three are enough
+        ([0.9, 0.3, 0.2, 0.1], 3, 0.2),  # one is not: the best three
+        ([0.3, 0.2], 4, 0.2),
+        ([], 4, 0.5),
+        ([0.1], 0, 0.5),
+        ([0.7, 0.6, 0.5], 7, 0.5),
+    ],
+)
+def test_a_weak_detector_is_drawn_with_lower_scores(scores, objects, threshold):
+    assert drawing_threshold(scores, objects) == threshold
 
 
 def test_saved_pictures_replace_earlier_ones_and_nothing_else(tmp_path):
