@@ -325,8 +325,8 @@ def prediction_section(
             blocks.append(page.Missing(Path(names), what, f"it does not fit {inputs.annotations}: {error}"))
     text = (
         f"Up to {COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on "
-        "the left, next to them the predictions with their scores, from 0.5 on, or the best of a detector that has few such "
-        "scores. A class has the same colour everywhere."
+        "the left, next to them the predictions with their scores, from 0.5 on, or the best of a detector that has few "
+        "such scores. A class has the same colour everywhere."
     )
     return page.Section("Held-out images", text, blocks)
 

@@ -58,7 +58,7 @@ def test_only_what_reaches_the_threshold_is_drawn_in_one_colour_a_class(tmp_path
     """Also where the file lists the categories in another order."""
     _, images, content = write_coco(tmp_path, images=3)
     content["categories"].reverse()
-    results = [detection(1, 0.49), detection(2, 0.5), detection(2, 0.5)]
+    results = [detection(1, 0.49), *[detection(2, 0.5)] * 9]
     (_, below), (truth, at), (_, none) = draw_sides(content, images, results)
     assert np.array_equal(below, enlarged(images / "1.png"))
     assert np.array_equal(none, enlarged(images / "3.png"))
