@@ -66,7 +66,8 @@ class Progress(Generic[T]):
     def __enter__(self) -> Progress[T]:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.leave = self.leave and kind is None  # the last line of a failed run is its error
         self.close()
 
     def __iter__(self) -> Iterator[T]:

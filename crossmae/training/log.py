@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter as clock
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,10 @@ class RunLog:
         self.bar = self.writers.enter_context(bar)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.writers.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.writers.__exit__(kind, error, trace)
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:

@@ -99,3 +99,17 @@ def test_work_continues_when_nobody_reads_its_lines(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("sys.stderr", Gone())
     assert list(Progress([1, 2])) == [1, 2]
+
+
+def test_the_error_of_failed_work_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(fails: bool) -> None:
+        with Progress(total=5, word="work") as progress:
+            progress.update(2)
+            if fails:
+                raise ValueError
+
+    work(fails=False)
+    assert capsys.readouterr().err == "work: item 2 of 5\n"
+    with pytest.raises(ValueError):
+        work(fails=True)
+    assert capsys.readouterr().err == ""

@@ -33,7 +33,7 @@ from crossmae.pretraining.reconstruction import Panels
 def pretrained(channels: int = 3, decoder: str = "cross", img_size: Any = (16, 32), patch_size: int = 4) -> Pretrained:
     torch.manual_seed(0)
     model = CrossMAE(img_size, patch_size, channels, 16, 2, 2, 16, 2, 2, decoder=decoder)  # type: ignore[arg-type]
-    return Pretrained(Path("model"), model.eval(), (0.5,) * channels, (0.2,) * channels, 8, ())
+    return Pretrained(Path("model"), model.eval(), (0.5,) * channels, (0.2,) * channels, 8, (), {})
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:

@@ -172,7 +172,7 @@ def test_config_and_weights_are_found_in_a_run_or_named(run, predictor, tmp_path
     ("arguments", "message"),
     [
         ({"weights": "nowhere"}, "nowhere: no such file or folder. Name a detector's weights"),
-        ({"device": "tpu"}, "MODEL.DEVICE: 'tpu' is not allowed. It must be cpu, cuda or cuda:N"),
+        ({"device": "tpu"}, "MODEL.DEVICE: 'tpu' is not allowed. It must be cpu, cuda, cuda:N or mps"),
     ],
 )
 def test_wrong_arguments_are_named(run, arguments, message):
