@@ -1,7 +1,7 @@
 """Pretrain on images and train a detector from labels, within a budget of time.
 
     python tools/run.py IMAGES --labels LABELS                      # 30 minutes, results in outputs/run
-    python tools/run.py IMAGES --labels LABELS --dry-run            # looks, measures a minute, and prints the plan
+    python tools/run.py IMAGES --labels LABELS --dry-run            # looks, measures, and prints the plan
     python tools/run.py IMAGES --labels LABELS --budget 2h --output outputs/birds
     python tools/run.py IMAGES --budget 1h                          # pretraining only, without labels
     python tools/run.py IMAGES --labels LABELS --compare            # also the same detector from random weights

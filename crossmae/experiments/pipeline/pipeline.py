@@ -150,6 +150,8 @@ def run_pipeline(request: Request, *, dry_run: bool = False, fresh: bool = False
 def check_request(request: Request, *, fresh: bool = False) -> None:
     """Compare a request with the request of the folder, and record it.
 
+    Until a training has started, another request replaces the earlier one. Measurements of its speed are kept.
+
     Raises UserError if they differ.
     """
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
@@ -157,7 +159,7 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
         if (file := getattr(request, key)) and file.is_file():
             ours[f"digest of {key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
-    if known is None:
+    if known is None or (known != ours and not has_training(request.output)):
         write_json(path, {"request": ours})
         return
     for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
@@ -167,6 +169,12 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
                 f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
                 "command of that run, name another folder, or add --fresh."
             )
+
+
+def has_training(output: Path) -> bool:
+    """Check whether a training of the folder has started."""
+    path = output / RECORDS
+    return path.is_file() and any(stage["name"] == "pretrain" for stage in read_json(path)["stages"])
 
 
 def list_stages(request: Request, started: float, *, dry_run: bool = False) -> Iterator[Stage]:
@@ -235,11 +243,13 @@ def decide(request: Request, started: float) -> Decision:
         facts |= describe_labels(request, trainings)
     count = len((request.output / "pretrain.txt").read_text("utf-8").splitlines())
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
-    print("measuring the speed of this machine: about a minute", flush=True)
+    print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
     size = request.size or choose_size(recipe, images.long_side[1])
 
     def plan_for(size: int) -> tuple[TimePlan, Timing | None]:
+        if trainings.train:
+            print(f"measuring some steps of a detector on images of {size} pixels", flush=True)
         timing = time_detection(trainings, size) if trainings.train else None
         detect = (trainings.train.count, timing) if trainings.train and timing else None
         spent = time.monotonic() - started

@@ -139,6 +139,18 @@ def test_another_request_in_the_same_folder_is_refused(request_of: Request, chan
     assert "decision" not in read_json(request_of.output / RECORD)
 
 
+def test_until_a_training_starts_the_request_may_change(request_of: Request) -> None:
+    request_of.output.mkdir()
+    check_request(request_of)
+    run(list_stages(request_of, 0.0, dry_run=True), request_of.output)
+    other = replace(request_of, budget=1200.0)
+    check_request(other)
+    assert "decision" not in read_json(request_of.output / RECORD)
+    run(list_stages(other, 0.0), request_of.output)
+    with pytest.raises(UserError, match="with another budget: 1200"):
+        check_request(request_of)
+
+
 def test_a_comparison_has_the_same_detector_from_the_random_weights_of_pretraining(request_of: Request) -> None:
     request = replace(request_of, compare=True)
     stages = {stage.name: stage for stage in start(request)}
