@@ -260,7 +260,7 @@ def test_log_without_the_values_is_named(folder: Path):
         (
             "detect-own/inference/coco_instances_results.json",
             [{}],
-            "does not fit data/annotations/val.json: &#39;score",
+            "does not fit data/annotations/val.json: &#39;image_id",
         ),
         ("stages.json", {"stages": [{}]}, "unexpected content: stages: 0: name: Field required"),
     ],
