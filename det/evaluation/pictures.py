@@ -76,8 +76,8 @@ def compare_pictures(
 def drawing_threshold(scores: Sequence[float], objects: int) -> float:
     """Choose the score from which predictions are drawn.
 
-    It is SCORE_THRESHOLD, or less for a weak detector. Empty pictures would show nothing of a detector whose scores are low. If fewer predictions than half of the true
-    objects reach SCORE_THRESHOLD, as many predictions as true objects are drawn.
+    It is SCORE_THRESHOLD, or less for a weak detector, because empty pictures would show nothing of it. If fewer
+    predictions than half of the true objects reach SCORE_THRESHOLD, as many predictions as true objects are drawn.
     """
     confident = sum(score >= SCORE_THRESHOLD for score in scores)
     if 2 * confident >= objects or not scores:
