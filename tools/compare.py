@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmae.errors import UserError, run_cli
-from crossmae.files import make_folder
-from crossmae.reports import page, sections
+from crossmae.files import leaves, make_folder
+from crossmae.reports import page
 from crossmae.reports.figures import MOST_CURVES, curve_plots
 from crossmae.reports.run_folder import LoggedNumbers, read_log
 from crossmae.training.config import read_yaml
@@ -101,7 +101,7 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         log = read_log(path / LOG, "step")
         if not log.rows:
             raise UserError(f"{path / LOG}: has no step yet. Wait for the first, or leave this run out.")
-        runs.append(ComparedRun(name, path, sections.leaves(read_yaml(path / CONFIG)), log))
+        runs.append(ComparedRun(name, path, leaves(read_yaml(path / CONFIG)), log))
     return runs
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, advise, counted, run_cli
-from crossmae.files import read_json, write_text
+from crossmae.files import leaves, read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
@@ -137,7 +137,7 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
         run.read(f"{folder}/{LOG}", read_training_log, LoggedNumbers()),
-        sections.leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
+        leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
     )
 
 

@@ -28,7 +28,7 @@ from crossmae.classification.evaluation.files import (
 from crossmae.classification.train.config import FinetuneConfig
 from crossmae.data.images import read_image
 from crossmae.errors import counted
-from crossmae.files import read_json
+from crossmae.files import leaves, read_json
 from crossmae.reports import page, sections
 from crossmae.reports.run_folder import REPORT, FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.config import read_yaml
@@ -268,7 +268,7 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List key, value and default of changed settings, except data settings."""
     least = FinetuneConfig.model_validate({"output_dir": ".", "data": {}, "model": {}})
-    defaults = sections.leaves(least.model_dump(mode="json", exclude={"output_dir"}))
+    defaults = leaves(least.model_dump(mode="json", exclude={"output_dir"}))
     return [row for row in sections.changed_settings(content, defaults) if row[0] not in DATA_KEYS]
 
 

@@ -75,9 +75,7 @@ def _from_here(path: Path, otherwise: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else otherwise
 
 
-def run_stages(
-    stages: Iterable[Stage], folder: Path, *, total: int, flag: str = "--output", fresh: bool = False
-) -> float:
+def run_stages(stages: Iterable[Stage], folder: Path, *, total: int, fresh: bool = False) -> float:
     """Run the unfinished stages. Return the total seconds of all stages.
 
     Each stage is recorded in stages.json. Once a stage has run, all later stages run as well, because their inputs are
@@ -85,13 +83,12 @@ def run_stages(
 
     Args:
         total: number of stages, for the messages.
-        flag: the option that names `folder`, for the errors.
         fresh: run every stage again.
 
     Raises:
         UserError: a stage failed, or stages.json was not written by this program.
     """
-    make_folder(folder, flag)
+    make_folder(folder, "--output")
     known = {} if fresh else _read_records(folder / RECORDS)
     is_new = fresh  # an earlier stage has run: what a later stage left belongs to other inputs
     records: list[dict[str, Any]] = []

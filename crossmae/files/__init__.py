@@ -1,7 +1,7 @@
 """Files: reading with errors that name the file, atomic writing, claims of folders, and leftovers of killed runs."""
 
 from crossmae.files.expansion import expand_path, why_unexpanded
-from crossmae.files.parsing import load_json, load_literal, load_xml, load_yaml, paused_garbage_collection
+from crossmae.files.parsing import leaves, load_json, load_literal, load_xml, load_yaml, paused_garbage_collection
 from crossmae.files.reading import (
     PACKED_STARTS,
     decode_text,
@@ -50,6 +50,7 @@ __all__ = [
     "decode_text",
     "expand_path",
     "is_number",
+    "leaves",
     "load_json",
     "load_literal",
     "load_xml",

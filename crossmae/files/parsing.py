@@ -6,7 +6,7 @@ import ast
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from xml.etree import ElementTree
@@ -189,3 +189,14 @@ def _check_bounds(value: Any, most: int | None = None) -> None:
         if not level:
             return
     raise ValueError(_TOO_DEEP)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to values by dotted key, tuples to lists."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae.errors import advise, counted
+from crossmae.files import leaves
 from crossmae.reports import page
 from crossmae.reports.figures import PlotKeys, curve_plots
 from crossmae.reports.page import Commands, Gallery, Missing, PageBlock, PictureRow, Section, Table, TableRow
@@ -75,17 +76,6 @@ def commands(words: Mapping[str, Sequence[str]]) -> Commands:
     """Show commands, each a script of tools/ with its arguments, by heading."""
     lines = {title: shlex.join(["python", f"tools/{script}", *rest]) for title, (script, *rest) in words.items()}
     return Commands([(title, page.folded(advise(line))) for title, line in lines.items()])
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to values by dotted key, tuples to lists."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def changed_settings(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -201,7 +201,7 @@ class TimeAhead:
         processes: int,
     ) -> None:
         self.last_step, self.due, self.seconds, self.device = last_step, due, seconds, device
-        self.place = describe_machine(device, processes)
+        self.place = name_processors(device, processes)
         self.begun, self.first = 0.0, -1
         self.step_seconds: float | None = None
         self.lacking: set[str] = set()  # kinds of evaluations whose time is not known
@@ -252,8 +252,8 @@ def describe_time_ahead(steps: int, seconds: float, evaluations: int, others: in
     return f"about {rough_time(seconds)} for {work} on {place}{without}; stop any time with Ctrl-C"
 
 
-def describe_machine(device: torch.device, processes: int) -> str:
-    """Describe what computes a run: threads or GPUs."""
+def name_processors(device: torch.device, processes: int) -> str:
+    """Name the threads or GPUs that compute a run."""
     if device.type == "cpu":
         each = counted(torch.get_num_threads(), "thread")
         return f"this machine ({each if processes == 1 else f'{processes} processes of {each}'})"

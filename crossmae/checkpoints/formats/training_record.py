@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crossmae.checkpoints.metadata import TRAINING, recorded_value
 from crossmae.errors import UserError
-from crossmae.files import is_number, load_yaml, read_json_lines
+from crossmae.files import is_number, leaves, load_yaml, read_json_lines
 
 LOG, CONFIG = "log.jsonl", "config.yaml"
 # Keys of a log that describe the machine or the position of a step. Names with a slash are detectron2's own numbers,
@@ -87,7 +87,7 @@ def read_run(folder: Path, step: int | None) -> TrainingRecord:
     config: Any = {}
     with suppress(OSError, ValueError):
         config = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
-    settings = dict(_flatten(config)) if isinstance(config, dict) else {}
+    settings = leaves(config) if isinstance(config, dict) else {}
     names = {split: _name(settings.get(f"data.{split}")) for split in ("train", "val")}
     images = {"train": _planned_images(folder)}
     data = {split: {"name": name, "images": images.get(split)} for split, name in names.items() if name}
@@ -121,14 +121,6 @@ def _planned_images(folder: Path) -> int | None:
             if isinstance(plan, dict) and type(images := plan.get("images")) is int:
                 return images
     return None
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _name(value: Any) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from crossmae.data.broken import Broken, find_broken
@@ -123,8 +122,8 @@ def write_object_crops(json_path: Path, images: Path, split: str, folder: Path) 
     """Cut labelled objects and background out of their images.
 
     The crops measure features: their class is known, and no detector is needed. Each class has a folder. A crop is a
-    square around the object.
-    Crops of the background have the sizes of objects, and touch none. The result depends on the content only.
+    square around the object. Crops of the background have the sizes of objects, and touch none. The result depends on
+    the content only.
 
     Args:
         json_path: COCO file. Crowd regions and objects below `SMALLEST_OBJECT` pixels are left out.
@@ -184,15 +183,10 @@ def _free_place(
     width, height = box[2:]
     if width >= size[0] or height >= size[1]:
         return None
-    for left, top in _places(size[0] - width, size[1] - height, rng):
+    for left, top in (rng.uniform(0, 1, (20, 2)) * (size[0] - width, size[1] - height)).tolist():
         if all(_apart((left, top, width, height), other) for _, other in others):
             return (left, top, width, height)
     return None
-
-
-def _places(right: float, bottom: float, rng: np.random.Generator) -> Iterator[tuple[float, float]]:
-    places: NDArray[np.float64] = rng.uniform(0, 1, (20, 2))
-    yield from ((float(x) * right, float(y) * bottom) for x, y in places)
 
 
 def _apart(one: Box, other: Box) -> bool:

@@ -6,7 +6,6 @@ interruption, and tools/report.py can write the page again.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter
 from crossmae import __version__
 from crossmae.data.sources.source import Source, evenly_spaced
 from crossmae.errors import UserError, counted
-from crossmae.experiments.commands import count_cores, describe_machine
+from crossmae.experiments.commands import describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
     describe_crops,
@@ -56,8 +55,6 @@ from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import resolve_config_path
-
-log = logging.getLogger(__name__)
 
 RECORD, PAGE = "pipeline.json", "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
@@ -215,9 +212,7 @@ def keep(request: Request, decision: Decision) -> None:
         "title": f"{'A detector for' if request.labels else 'Pretraining on'} {request.images.name}",
         "facts": decision.facts,
         "plan": [stage._asdict() for stage in planned_stages(decision.plan, sizes_in_words(decision))],
-        "arms": {name: STARTS[name] for name in ([RANDOM, OWN] if request.compare else [OWN])}
-        if request.labels
-        else {},
+        "arms": {name: STARTS[name] for name in request.detectors},
     }
     for split in ("train", "val"):
         if part := getattr(trainings, split):
@@ -236,12 +231,11 @@ def decide(request: Request, started: float) -> Decision:
     images = look_at_images(source, "IMAGES")
     recipe, machine = choose_recipe()
     facts = {"Images": images.describe(), "Machine": machine}
-    trainings = prepare_inputs(request, recipe, source, images)
+    trainings, count = prepare_inputs(request, recipe, source, images)
     for key, text in facts.items():
         print(f"{key.lower()}: {text}", flush=True)
     if trainings.train and trainings.val:
         facts |= describe_labels(request, trainings)
-    count = len((request.output / "pretrain.txt").read_text("utf-8").splitlines())
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
@@ -260,7 +254,7 @@ def decide(request: Request, started: float) -> Decision:
         return plan, timing
 
     plan, timing = plan_for(size)
-    while request.size is None and plan.detect and timing and is_too_short(plan.detect, timing):
+    while request.size is None and plan.detect and is_too_short(plan.detect):
         smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS)
         if smaller is None:
             break
@@ -274,13 +268,15 @@ def decide(request: Request, started: float) -> Decision:
 def choose_recipe() -> tuple[Recipe, str]:
     """Choose the recipe for this machine, and describe the machine."""
     found = describe_machine()
-    gpu = found["gpu"]
-    cores = counted(count_cores(), "core")
+    gpu, cores = found["gpu"], counted(found["cores"], "core")
     return (ONE_GPU if gpu else LAPTOP), f"{found['processor']}, {cores}, {gpu or 'no GPU'}"
 
 
-def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: ImageFacts) -> Trainings:
-    """Write the lists of images and the crops of objects."""
+def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: ImageFacts) -> tuple[Trainings, int]:
+    """Write the lists of images and the crops of objects.
+
+    Returns the inputs of the trainings, and the number of images for pretraining.
+    """
     output = request.output
     train = val = objects = None
     held_out: list[str] = []
@@ -297,13 +293,13 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
     else:
         chosen = evenly_spaced(len(source), min(HELD_OUT, len(source) // HELD_OUT_EVERY))
         held_out = [source.name(index) for index in chosen]
-    write_list(source, held_out, None, output / "pretrain.txt")
+    count = write_list(source, held_out, None, output / "pretrain.txt")
     if held_out:
         write_text(output / "held-out.txt", "".join(f"{Path(name).resolve()}\n" for name in held_out))
     fitting: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if request.weights:
         fitting = settings_of_weights(request.weights, recipe)
-    return Trainings(
+    trainings = Trainings(
         recipe=recipe,
         output=output,
         pretrain_list=output / "pretrain.txt",
@@ -318,21 +314,23 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
         pretrain_settings=(*fitting[0], *request.pretrain_settings),
         detect_settings=(*fitting[1], *request.detect_settings),
     )
+    return trainings, count
 
 
 def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
     """Read what tools/split_labels.py wrote."""
-    folders = read_json(folder / "split.json")["images"]
+    about = read_json(folder / "split.json")
+    folders = about["images"]
     if lacking := [name for name in ("train", "val") if name not in folders]:
         raise UserError(
             f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
             "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
         )
-    parts = []
-    for name in ("train", "val"):
-        path = folder / f"{name}.json"
-        parts.append(LabelledSplit(path, Path(folders[name]), len(read_json(path)["images"])))
-    return parts[0], parts[1]
+    train, val = (
+        LabelledSplit(folder / f"{name}.json", Path(folders[name]), about["counts"][name]["images"])
+        for name in ("train", "val")
+    )
+    return train, val
 
 
 def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
@@ -340,11 +338,9 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     assert trainings.train is not None
     assert trainings.val is not None
     about = read_json(request.output / "data" / "split.json")
-    contents = [read_json(part.json) for part in (trainings.train, trainings.val)]
-    objects = sum(len(content["annotations"]) for content in contents)
-    classes = [one["name"] for one in contents[0]["categories"]]
+    objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
     facts = {
-        "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(classes), 'class')} "
+        "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
         f"for training, {trainings.val.count:,} for validation",
     }

@@ -152,9 +152,9 @@ def make_plan(
     return TimePlan(budget, spent, first, second, detectors)
 
 
-def is_too_short(length: Length, timing: Timing) -> bool:
+def is_too_short(length: Length) -> bool:
     """Check whether a detector with smaller images would learn more."""
-    return length.epochs < FEWEST_DETECT_EPOCHS or length.steps < FEWEST_DETECT_STEPS or timing.step <= 0
+    return length.epochs < FEWEST_DETECT_EPOCHS or length.steps < FEWEST_DETECT_STEPS
 
 
 def detect_steps_left(plan: TimePlan, spent: float, timing: Timing, images: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from crossmae.data.annotations.split import id_key, select
 from crossmae.errors import UserError, named_by
 from crossmae.experiments.cells import Cell, Step, run_cells
 from crossmae.experiments.pipeline.plan import Length, Timing
@@ -240,11 +241,8 @@ def _few_images(val: LabelledSplit, path: Path) -> LabelledSplit:
     if val.count <= MOST_TIMED_IMAGES:
         return val
     content = read_json(val.json)
-    images = content["images"][:MOST_TIMED_IMAGES]
-    kept = {image["id"] for image in images}
-    annotations = [one for one in content["annotations"] if one["image_id"] in kept]
-    write_json(path, content | {"images": images, "annotations": annotations})
-    return LabelledSplit(path, val.images, len(images))
+    write_json(path, select(content, [id_key(image["id"]) for image in content["images"][:MOST_TIMED_IMAGES]]))
+    return LabelledSplit(path, val.images, MOST_TIMED_IMAGES)
 
 
 def _time(name: str, words: tuple[str, ...], run: Path, done: Path, images: int) -> Timing:

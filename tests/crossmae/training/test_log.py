@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from crossmae.errors import UserError
 from crossmae.training import log as log_module
-from crossmae.training.log import RunLog, TimeAhead, describe_machine, start_wandb, truncate_log
+from crossmae.training.log import RunLog, TimeAhead, name_processors, start_wandb, truncate_log
 from crossmae.training.schedule import Schedule
 
 
@@ -107,7 +107,7 @@ def test_the_estimate_is_the_time_of_the_steps_that_remain(
     (line,) = [record.getMessage() for record in caplog.records]
     left = 1860 - first - 4
     minutes = round(left * 1.8 / 60)
-    threads = describe_machine(CPU, 1)
+    threads = name_processors(CPU, 1)
     assert threads == f"this machine ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
     expected = f"about {minutes} min for the remaining {left:,} steps on {threads}; stop any time with Ctrl-C"
     assert line == expected
@@ -131,7 +131,7 @@ def test_the_estimate_has_evaluations_as_soon_as_their_time_is_known(
             ahead.leave_out(1200 if kind == "validation" else 120)
         ahead.count(step)
     first, second = [record.getMessage() for record in caplog.records]
-    threads = describe_machine(CPU, 2)
+    threads = name_processors(CPU, 2)
     # 996 steps of 6 s and three times 60 s; then 900 steps, 1,200 s and two times 120 s.
     assert first == (
         f"about 103 min for the remaining 996 steps and 3 evaluations on {threads}, without 2 evaluations of unknown "
