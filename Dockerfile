@@ -17,7 +17,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends git \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/crossmae
-ENV PATH=/opt/crossmae/bin:$PATH
+ENV PATH=/opt/crossmae/bin:$PATH PIP_CACHE_DIR=/opt/.cache/pip
 WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE NOTICE THIRD_PARTY.md requirements-tested.txt ./
 COPY crossmae crossmae
@@ -25,7 +25,7 @@ COPY det det
 COPY tools tools
 COPY configs configs
 # pip takes 2.11.0+cpu for the pin 2.11.0. A cache mount is no layer.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/opt/.cache/pip \
     pip install --constraint requirements-tested.txt --extra-index-url "https://download.pytorch.org/whl/${TORCH}" \
         ".[all]" \
     && python tools/install_detectron2.py
