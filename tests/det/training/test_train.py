@@ -1,8 +1,6 @@
 """Training: layer decay, repeatable and bit-exactly resumable runs, atomic checkpoints, evaluation, one-line errors."""
 
-import importlib
 import json
-import logging
 import math
 import os
 import pickle
@@ -10,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,48 +23,8 @@ from crossmae.errors import UserError, run_cli
 from crossmae.files import sha256
 from crossmae.training.state import TrainingState
 from det.training.evaluations import is_best
-from tests.det.coco_files import TINY, save, write_coco
+from tests.det.coco_files import save, write_coco
 from tools.train_net import build_parser, main
-
-
-@pytest.fixture(autouse=True)
-def quiet_root_logger():
-    """The tool adds a console handler to the root logger; take it away again."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Draw neither report nor pictures nor curves, which take seconds and have tests of their own."""
-    for name in ("det.training.train", "det.training.evaluations"):
-        monkeypatch.setattr(importlib.import_module(name), "write_report", lambda folder: folder / "report.html")
-    monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "validation_pictures", lambda *_: [])
-    monkeypatch.setattr(sys.modules["det.evaluation.evaluate"], "save_figure", lambda *_: None)
-
-
-@pytest.fixture
-def command(tmp_path):
-    """The words of a command line for a tiny run in tmp_path / "out"."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    path, images, _ = write_coco(tmp_path / "data")
-    words = ["--config-file", str(tmp_path / "tiny.yaml"), "--train-json", str(path), "--train-images", str(images)]
-    return [*words, "--val-json", str(path), "--val-images", str(images), f"OUTPUT_DIR={tmp_path / 'out'}"]
-
-
-def test_weights_and_biases_gets_losses_and_ap(command, tmp_path, monkeypatch, no_pictures):
-    logged, given = [], {}
-    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
-    fake = SimpleNamespace(init=lambda **settings: given.update(settings) or run, Image=lambda path: path)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    main([*command, "WANDB=mine", "SOLVER.MAX_ITER=2"])
-    assert (given["project"], given["config"]["SOLVER"]["MAX_ITER"]) == ("mine", 2)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    sent = {step: set().union(*(values for one, values in logged if one == step)) for step, _ in logged}
-    assert {"loss", "lr", "bbox/AP", "segm/AP"} <= sent[2]
-    assert all(line.keys() - {"step", "epoch"} <= sent[line["step"]] for line in lines)
 
 
 def final_state(folder):
