@@ -124,8 +124,8 @@ def test_the_commands_of_the_page_work(
     commands = [shlex.split(line, comments=True) for line in page.partition("\n\n")[0].splitlines()]
     make_every_format()
     formats = []
-    for _, script, *words in commands:
-        assert script == "tools/split_labels.py"
+    for program, name, *words in commands:
+        assert (program, name) == ("crossmae", "split")
         assert exit_code(main, *words) == 0, capsys.readouterr().err
         record = read("OUT/split.json")
         assert {"train", "val"} <= record["counts"].keys()
