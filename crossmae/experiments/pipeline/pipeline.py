@@ -304,7 +304,10 @@ def decide(request: Request, look: Look, started: float) -> Decision:
 
 
 def detector_starts(request: Request) -> float:
-    """Return the seconds in which detectors start: once to be measured, then each to be trained."""
+    """Estimate the seconds in which detectors start.
+
+    One start is for the measurement, and one for each training.
+    """
     return START_SECONDS * (1 + len(request.detectors)) if request.detectors else 0.0
 
 
