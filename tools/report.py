@@ -467,15 +467,17 @@ def next_section(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> pag
     wanted: dict[str, list[str]] = {}
     if arms and arms[-1].results and inputs.val:
         weights, val = str(run.path / arms[-1].folder), inputs.val
-        wanted["Find objects in other images"] = ["predict.py", "--weights", weights, "IMAGES", "--output", "found"]
+        wanted["Find objects in other images"] = [
+            *("predict.py", "--weights", weights, "IMAGES", "--output", "found", "--force")
+        ]
         wanted["Evaluate on other labels"] = [
             *("train_net.py", "--config-file", f"{weights}/config.yaml", "--eval-only"),
             *("--val-json", str(run.path / val.json_path), "--val-images", str(run.path / val.images)),
             *(f"MODEL.WEIGHTS={weights}", "OUTPUT_DIR=evaluation"),
         ]
-        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx"]
+        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx", "--force"]
     wanted["Convert the pretrained encoder"] = [
-        *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm")
+        *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm", "--force")
     ]
     return page.Section("What next", "", [sections.commands(wanted)])
 

@@ -22,7 +22,7 @@ from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Tab
 from crossmae.reports.run_folder import RunFolder
 from det.data.coco import read_coco
 from det.evaluation.resampling import ApDifference
-from tools import report
+from tools import convert_checkpoint, export_detector, predict, report
 from tools.demo.run import PAGE, demo_stages
 from tools.report import COUNT, INPUTS, STAGES, PageInputs, PipelineRecord, Stages, main, read_arms
 from tools.worth import build_parser
@@ -212,6 +212,20 @@ def test_curves_and_tables(folder: Path):
     assert isinstance(by_class, Table)
     assert [getattr(cell, "text", cell) for cell in by_class.rows[0]] == ["7", "14", "40.8", "55.4", "12.5", "12.5"]
     assert [getattr(cell, "share", 0) for cell in by_class.rows[0]] == [0, 0, 0.408, 0.5543, 0.125, 0.125]
+
+
+def test_the_next_commands_can_be_repeated(folder: Path):
+    run = RunFolder(folder)
+    (block,) = report.next_section(run, DEMO, read_arms(run, DEMO)).blocks
+    assert isinstance(block, Commands)
+    words = {title: shlex.split(command.replace("\\\n", "")) for title, command in block.commands}
+    tools = {"Find objects in other images": predict, "Export": export_detector}
+    for title, tool in tools.items():
+        given = tool.build_parser().parse_intermixed_args(words[title][2:])
+        assert given.weights == folder / "detect-own"
+        assert given.force
+    convert = convert_checkpoint.build_parser().parse_args(words["Convert the pretrained encoder"][2:])
+    assert convert.force
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):

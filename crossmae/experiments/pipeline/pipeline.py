@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from crossmae import __version__
+from crossmae.checkpoints.reading import PIPELINE_DETECTOR, PIPELINE_RECORD
 from crossmae.data.sources.source import Source, evenly_spaced
 from crossmae.errors import UserError, counted
 from crossmae.experiments.commands import describe_machine
@@ -56,9 +57,9 @@ from crossmae.files import read_json, read_json_lines, sha256, write_json, write
 from crossmae.files.claim import claim
 from crossmae.training.config import resolve_config_path
 
-RECORD, PAGE = "pipeline.json", "report.html"
+RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
-OWN, RANDOM = "detect-own", "detect-random"  # stages
+OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
 FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
 STARTS = {RANDOM: "random weights", OWN: "own pretraining"}  # what the detectors start from

@@ -161,7 +161,8 @@ def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
 def test_the_commands_are_ones_that_the_tools_take(folder):
     (block,) = blocks_of(folder, Commands)
     find, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
-    assert predict.build_parser().parse_intermixed_args(find[2:]).weights == folder / "model_best.safetensors"
+    found = predict.build_parser().parse_intermixed_args(find[2:])
+    assert (found.weights, found.force) == (folder / "model_best.safetensors", True)  # so it also works again
     given = train_net.build_parser().parse_intermixed_args(evaluate[2:])
     cfg = load_det_config(given.config_file, given.overrides)
     assert given.eval_only
