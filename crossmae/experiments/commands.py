@@ -305,6 +305,18 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_share(seconds: float = 1.0) -> float:
+    """Measure which share of its cores other programs use, 0 to 1.
+
+    Args:
+        seconds: time of the measurement, in which this process sleeps.
+    """
+    used = psutil.cpu_percent(seconds, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(used))
+    shares = [used[core] for core in own if core < len(used)]
+    return sum(shares) / len(shares) / 100 if shares else 0.0
+
+
 def find_gpus() -> dict[int, str]:
     """List the visible NVIDIA GPUs: name by index."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")

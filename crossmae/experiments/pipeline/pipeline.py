@@ -18,7 +18,7 @@ from crossmae import __version__
 from crossmae.checkpoints.reading import PIPELINE_DETECTOR, PIPELINE_RECORD
 from crossmae.data.sources.source import Source, evenly_spaced
 from crossmae.errors import UserError, counted
-from crossmae.experiments.commands import describe_machine
+from crossmae.experiments.commands import busy_share, describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
     describe_crops,
@@ -30,6 +30,7 @@ from crossmae.experiments.pipeline.inputs import (
 )
 from crossmae.experiments.pipeline.plan import (
     FEWEST_DETECT_EPOCHS,
+    PAGE_SECONDS,
     PRETRAIN_SHARE,
     TimePlan,
     Timing,
@@ -38,10 +39,12 @@ from crossmae.experiments.pipeline.plan import (
     is_too_short,
     make_plan,
     planned_stages,
+    refuse_short_budget,
 )
 from crossmae.experiments.pipeline.trainings import (
     LAPTOP,
     ONE_GPU,
+    START_SECONDS,
     LabelledSplit,
     Recipe,
     Trainings,
@@ -59,6 +62,7 @@ from crossmae.training.config import resolve_config_path
 
 RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
+MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
 OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
 FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
@@ -182,14 +186,15 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         started: time of `time.monotonic` at the start of the command.
     """
     output = request.output
+    decided = read_json(output / RECORD).get("decision")
+    look = None if decided else look_around(request)  # first: the split would complain about the wrong folder
     if request.labels is not None:
         yield split_stage(request)
-    record = read_json(output / RECORD)
-    if "decision" in record:
-        decision = _DECISION.validate_python(record["decision"])
-    else:
-        decision = decide(request, started)
+    if look:
+        decision = decide(request, look, started)
         keep(request, decision)
+    else:
+        decision = _DECISION.validate_python(decided)
     print_plan(decision)
     if dry_run:
         return
@@ -222,25 +227,58 @@ def keep(request: Request, decision: Decision) -> None:
     write_json(path, read_json(path) | {"decision": decided, "page": page})
 
 
-def decide(request: Request, started: float) -> Decision:
-    """Look at the inputs, measure this machine, and plan.
+@dataclass(frozen=True)
+class Look:
+    """Images and machine before anything was written.
 
-    Args:
-        started: time of `time.monotonic` at the start of the command.
+    Attributes:
+        facts: images and machine in words, by heading.
     """
+
+    source: Source
+    images: ImageFacts
+    recipe: Recipe
+    facts: dict[str, str]
+
+
+def look_around(request: Request) -> Look:
+    """Look at images and machine, and describe them.
+
+    Raises UserError if no image can be read, or if no machine could keep the budget.
+    """
+    pretraining = 2 * START_SECONDS  # to measure it, and to run it
+    refuse_short_budget(request.budget, PAGE_SECONDS + pretraining + detector_starts(request), at_least=True)
     source = open_files(request.images, "IMAGES")
     images = look_at_images(source, "IMAGES")
     recipe, machine = choose_recipe()
     facts = {"Images": images.describe(), "Machine": machine}
-    trainings, count = prepare_inputs(request, recipe, source, images)
     for key, text in facts.items():
         print(f"{key.lower()}: {text}", flush=True)
+    if (busy := busy_share()) > MOST_BUSY:
+        print(
+            f"machine: other programs use {busy:.0%} of its cores. Measured times will be longer than on an idle "
+            "machine, and the plan shorter. Stop these programs for more training in the same time.",
+            flush=True,
+        )
+    return Look(source, images, recipe, facts)
+
+
+def decide(request: Request, look: Look, started: float) -> Decision:
+    """Read the split, measure this machine, and plan.
+
+    Args:
+        started: time of `time.monotonic` at the start of the command.
+    """
+    recipe, facts = look.recipe, dict(look.facts)
+    trainings, count = prepare_inputs(request, recipe, look.source, look.images)
     if trainings.train and trainings.val:
         facts |= describe_labels(request, trainings)
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
-    size = request.size or choose_size(recipe, images.long_side[1])
+    known = time.monotonic() - started + PAGE_SECONDS + pretrain[1].overhead
+    refuse_short_budget(request.budget, known + detector_starts(request), at_least=True)
+    size = request.size or choose_size(recipe, look.images.long_side[1])
 
     def plan_for(size: int) -> tuple[TimePlan, Timing | None]:
         if trainings.train:
@@ -264,6 +302,11 @@ def decide(request: Request, started: float) -> Decision:
     if plan.pretrain and plan.pretrain.images < count:
         write_list(open_files(trainings.pretrain_list, "IMAGES"), (), plan.pretrain.images, trainings.pretrain_list)
     return Decision(plan, trainings, batch, size, timing, facts)
+
+
+def detector_starts(request: Request) -> float:
+    """Return the seconds in which detectors start: once to be measured, then each to be trained."""
+    return START_SECONDS * (1 + len(request.detectors)) if request.detectors else 0.0
 
 
 def choose_recipe() -> tuple[Recipe, str]:

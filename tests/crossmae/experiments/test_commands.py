@@ -18,6 +18,7 @@ from crossmae.experiments.commands import (
     Cost,
     EnergyMeter,
     RunningCommand,
+    busy_share,
     describe_machine,
     find_gpus,
     run_command,
@@ -33,6 +34,21 @@ def test_peak_memory_counts_descendants():
     code, peak = run_command([sys.executable, "-S", "-c", parent])
     assert code == 0
     assert 2 * 96 << 20 <= peak < 4 * 96 << 20
+
+
+def test_the_busy_share_counts_the_cores_of_this_process_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: [100.0, 20.0, 60.0, 100.0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
+    assert busy_share() == pytest.approx(0.4)
+
+
+def test_a_program_that_computes_makes_its_core_busy():
+    spin = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    try:
+        assert busy_share(0.5) > 0.5 / commands.count_cores()
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 def finish(command: RunningCommand) -> int:
