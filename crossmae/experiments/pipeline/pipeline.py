@@ -55,6 +55,7 @@ from crossmae.experiments.pipeline.trainings import (
     time_detection,
     time_pretraining,
 )
+from crossmae.experiments.pipeline.typed import DIGEST, describe_changes
 from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
@@ -159,18 +160,16 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
     for key in ("labels", "weights"):
         if (file := getattr(request, key)) and file.is_file():
-            ours[f"digest of {key}"] = sha256(file)
+            ours[f"{DIGEST}{key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
     if known is None or (known != ours and not has_training(request.output)):
         write_json(path, {"request": ours})
         return
-    for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
-        if known.get(key) != ours[key]:
-            shown = "" if "digest" in key else f": {known.get(key)}"
-            raise UserError(
-                f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
-                "command of that run, name another folder, or add --fresh."
-            )
+    if changes := describe_changes(known, ours):
+        raise UserError(
+            f"--output: {request.output} holds a run with {changes}. Repeat the command of that run, name another "
+            "folder, or add --fresh."
+        )
 
 
 def has_training(output: Path) -> bool:
