@@ -37,7 +37,7 @@ LETTER_SIZE = 0.05  # divided by the longest side; for pictures that are shown s
 SMALLEST_LETTERS = 9.0  # pixels
 ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LABEL_SIZE = 0.03  # like LETTER_SIZE, for pictures that are shown large
-MOST_HIDDEN = 0.2  # share of an object or of another label that a label may cover
+MOST_HIDDEN, MOST_HIDDEN_LABEL = 0.2, 0.05  # shares of an object, and of another label, that a label may cover
 _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
@@ -134,7 +134,7 @@ def draw_instances(
     The image is first scaled to a longest side of `longest_side` pixels. The height of letters is `letters` times that
     side. Large objects are drawn first, so that small objects stay visible. A label is above or below its box, next to
     it, or in it, where it covers least of all objects and of labels with higher scores. It is left out if it would
-    cover more than `MOST_HIDDEN` of one of them.
+    cover more of one of them than `MOST_HIDDEN` and `MOST_HIDDEN_LABEL`.
     """
     scale = 1.0 if longest_side is None else longest_side / max(image.shape[:2])
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
@@ -178,6 +178,7 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
 def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
     boxes = [tuple(value * scale for value in instance.box) for instance in instances]
+    limits = [MOST_HIDDEN] * len(boxes)
     taken = [(x, y, x + max(width, 1), y + max(height, 1)) for x, y, width, height in boxes]  # objects, then labels
     drawn: list[tuple[Corners, str, Font, Color, float, float]] = []
     ranked = sorted(zip(instances, boxes, strict=True), key=lambda pair: pair[0].score or 0.0, reverse=True)
@@ -188,11 +189,12 @@ def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale:
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="la")
         tag = (right - left + 2 * pad, bottom - top + 2 * pad)
         spots = [_at(x, y, tag, canvas.size) for x, y in _spots(box, tag)]
-        hidden = [_hidden(spot, taken) for spot in spots] if text else []
-        if not text or min(hidden)[0] > MOST_HIDDEN:
+        hidden = [_hidden(spot, taken, limits) for spot in spots] if text else []
+        if not text or min(hidden)[0] > 1:
             continue
         corners = spots[hidden.index(min(hidden))]
         taken.append(corners)
+        limits.append(MOST_HIDDEN_LABEL)
         drawn.append((corners, text, font, class_color(instance.class_index), pad - left, pad - top))
     for corners, text, font, color, right, down in reversed(drawn):  # the highest score is on top
         draw.rectangle(corners, fill=color)
@@ -242,11 +244,11 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
     return x, y, x + tag[0], y + tag[1]
 
 
-def _hidden(corners: Corners, others: Sequence[Corners]) -> tuple[float, float]:
-    """Compute which shares of other areas a tag would cover: the largest, and the sum."""
+def _hidden(corners: Corners, others: Sequence[Corners], limits: Sequence[float]) -> tuple[float, float]:
+    """Compute which shares of other areas a tag would cover, divided by their limits: the largest, and the sum."""
     areas, own = np.asarray(others), np.asarray(corners)
     sides = np.minimum(areas[:, 2:], own[2:]) - np.maximum(areas[:, :2], own[:2])
-    shares = sides.clip(0).prod(1) / (areas[:, 2:] - areas[:, :2]).prod(1)
+    shares = sides.clip(0).prod(1) / (areas[:, 2:] - areas[:, :2]).prod(1) / limits
     return float(shares.max()), float(shares.sum())
 
 
