@@ -29,7 +29,7 @@ from crossmae.reports.figures import curve_plots
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.versions import versions
 from det.data.coco import read_coco
-from det.evaluation.run_files import AP_TEXT, TASKS, DetectionResults, RunRecord, read_training_log
+from det.evaluation.run_files import AP_TEXT, TASKS, DetectionResults, RunRecord, describe_images, read_training_log
 
 if TYPE_CHECKING:
     from det.evaluation.resampling import ApDifference
@@ -68,7 +68,12 @@ class Arm:
     results: DetectionResults | None
     predictions: list[Any] | None
     log: LoggedNumbers
-    settings: Mapping[str, Any]
+    record: RunRecord
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings by dotted key."""
+        return leaves(self.record.settings)
 
     def file(self, name: str) -> str:
         """Return the name of one of its files in the demo's folder."""
@@ -137,7 +142,7 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
         run.read(f"{folder}/{LOG}", read_training_log, LoggedNumbers()),
-        leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
+        run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()),
     )
 
 
@@ -188,6 +193,8 @@ def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> st
     """Tell how the detectors were trained."""
     few = run.read(inputs.train.json_path, read_coco, None) if inputs.train else None
     labelled = counted(len(few["images"]), "labelled image") if few else "the same labelled images"
+    if found := [arm.record.training_images for arm in arms if arm.record.training_images]:
+        labelled = describe_images(*found[0], "labelled image")
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("step"))}
     length = f" for {counted(steps.pop(), 'step')}" if len(steps) == 1 else ""
     if len(arms) < 2:

@@ -382,10 +382,12 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     assert trainings.val is not None
     about = read_json(request.output / "data" / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
+    empty = about["counts"]["train"]["empty"]
+    left_out = f" ({empty:,} without objects, which the detector leaves out)" if empty else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training, {trainings.val.count:,} for validation",
+        f"for training{left_out}, {trainings.val.count:,} for validation",
     }
     if trainings.objects:
         numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}
