@@ -309,7 +309,7 @@ def prediction_section(
     text = (
         f"Up to {COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on "
         "the left, next to them the predictions with their scores, from 0.5 on, or the best of a detector that has few "
-        "such scores. A class has the same colour everywhere."
+        "such scores. A class has the same colour everywhere. A label that would hide a small object is left out."
     )
     return page.Section("Held-out images", text, blocks)
 

@@ -193,7 +193,8 @@ def _recall_section(run: RunFolder, tasks: Mapping[str, Any]) -> page.Section:
 def _picture_section(run: RunFolder) -> page.Section:
     text = (
         "True objects on the left, predicted objects with their scores on the right. A class has the same colour on "
-        "both sides. The images are spread evenly over the validation set, not selected."
+        "both sides. A label that would hide a small object is left out. The images are spread evenly over the "
+        "validation set, not selected."
     )
     rows = []
     for path in find_pictures(run.path / PICTURES):
