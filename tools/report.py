@@ -23,7 +23,7 @@ from pydantic import Field
 
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, advise, counted, run_cli
-from crossmae.experiments.pipeline.stage_section import STAGES, PlannedStage, Stages, stage_section
+from crossmae.experiments.pipeline.stage_section import STAGES, StageOfPlan, Stages, stage_section
 from crossmae.files import leaves, read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
@@ -109,7 +109,7 @@ class PageInputs(FileContent):
     worth: LabelledFiles | None = None
     neighbours: str = "the share of crops of objects and background whose class is found by the encoder's features"
     facts: dict[str, str] = Field({})
-    plan: list[PlannedStage] = Field([])
+    plan: list[StageOfPlan] = Field([])
 
     @property
     def stages(self) -> list[str]:
@@ -129,7 +129,10 @@ class PipelineRecord(FileContent):
 
 
 def read_arms(run: RunFolder, inputs: PageInputs) -> list[Arm]:
-    """Read the detectors whose stages are done, or all without a record of the stages."""
+    """Read the detectors whose stages are done.
+
+    Without a record of the stages, all detectors are read.
+    """
     unfinished = run.read(STAGES, Stages.read, Stages()).unfinished(inputs.stages)
     return [read_arm(run, start, folder) for folder, start in inputs.arms.items() if folder not in unfinished]
 

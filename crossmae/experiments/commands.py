@@ -212,7 +212,7 @@ class RunningCommand:
 
 
 def guarded(command: Sequence[str]) -> list[str]:
-    """Let a command end with its parent, where the system can do that."""
+    """Let a command end with its parent, on Linux."""
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", "-c", UNTIL_PARENT_ENDS, str(os.getpid()), *command]

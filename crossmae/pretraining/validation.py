@@ -212,7 +212,10 @@ class Health:
         return found
 
     def limits(self, share: float) -> tuple[float, float] | None:
-        """Interpolate the limits of the loss, None before the first row and before `LEAST_STEPS`."""
+        """Interpolate the limits of the loss.
+
+        None before the first row, and before `LEAST_STEPS`.
+        """
         if not self.band or share < max(self.band[0][0], self.least):
             return None
         shares, lows, highs = zip(*self.band, strict=True)

@@ -231,7 +231,10 @@ def _own_data(data: Mapping[str, Mapping[str, Any]], split: str, name: str) -> l
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of changed settings, without internal names of own data."""
+    """List key, value and default of changed settings.
+
+    Internal names of own data are left out.
+    """
     cfg = get_cfg()
     add_crossmae_config(cfg)
     defaults = json.loads(json.dumps(dict(flatten(cfg))))  # tuples become lists

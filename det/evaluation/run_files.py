@@ -94,7 +94,9 @@ def describe_left_out(number: int) -> str:
 
 
 def describe_images(used: int, listed: int, noun: str = "image") -> str:
-    """Describe training images: "79 of 89 images (10 without objects are left out)".
+    """Describe training images.
+
+    Such as "79 of 89 images (10 without objects are left out)".
 
     Args:
         listed: number of images with those that are left out.

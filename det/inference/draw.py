@@ -230,7 +230,10 @@ def label_font(text: str, size: float) -> Font:
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
-    """List possible upper left corners for a tag: above its box, below, next to it, and in it."""
+    """List possible upper left corners for a tag, best first.
+
+    The tag is above its box, below, next to it, or in it.
+    """
     (x, y, width, height), (tag_width, tag_height) = box, tag
     columns, rows = (x, x + width - tag_width), (y, y + height - tag_height)
     outside = [(column, row) for row in (y - tag_height, y + height) for column in columns]
@@ -245,7 +248,10 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
 
 
 def _hidden(corners: Corners, others: Sequence[Corners], limits: Sequence[float]) -> tuple[float, float]:
-    """Compute which shares of other areas a tag would cover, divided by their limits: the largest, and the sum."""
+    """Compute which shares of other areas a tag would cover.
+
+    Returns the largest and the sum of the shares, each divided by its limit.
+    """
     areas, own = np.asarray(others), np.asarray(corners)
     sides = np.minimum(areas[:, 2:], own[2:]) - np.maximum(areas[:, :2], own[:2])
     shares = sides.clip(0).prod(1) / (areas[:, 2:] - areas[:, :2]).prod(1) / limits

@@ -55,7 +55,7 @@ from crossmae.experiments.pipeline.trainings import (
     time_detection,
     time_pretraining,
 )
-from crossmae.experiments.pipeline.typed import DIGEST, describe_changes
+from crossmae.experiments.pipeline.typed import DIGEST_OF, describe_changes
 from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
@@ -160,7 +160,7 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
     for key in ("labels", "weights"):
         if (file := getattr(request, key)) and file.is_file():
-            ours[f"{DIGEST}{key}"] = sha256(file)
+            ours[f"{DIGEST_OF}{key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
     if known is None or (known != ours and not has_training(request.output)):
         write_json(path, {"request": ours})
@@ -304,7 +304,10 @@ def decide(request: Request, look: Look, started: float) -> Decision:
 
 
 def detector_starts(request: Request) -> float:
-    """Return the seconds in which detectors start: once to be measured, then each to be trained."""
+    """Return the seconds in which detectors start.
+
+    They start once to be measured, and then each to be trained.
+    """
     return START_SECONDS * (1 + len(request.detectors)) if request.detectors else 0.0
 
 

@@ -18,7 +18,7 @@ UNFINISHED = (
 STATES = {None: "not started", "started": "not finished", "stopped": "stopped", "failed": "failed"}
 
 
-class PlannedStage(FileContent):
+class StageOfPlan(FileContent):
     """A stage of the plan: name, what it does, and expected seconds."""
 
     name: str
@@ -69,7 +69,7 @@ class Stages(FileContent):
 
 
 def stage_section(
-    run: RunFolder, record: Stages, plan: Sequence[PlannedStage], unfinished: Mapping[str, str]
+    run: RunFolder, record: Stages, plan: Sequence[StageOfPlan], unfinished: Mapping[str, str]
 ) -> page.Section:
     """Show time or state, peak memory and command of every stage."""
     if not record.stages:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Arguments whose names differ from the fields of a request.
-NAMES = {
+ARGUMENTS = {
     "images": "IMAGES",
     "val_share": "--val",
     "pretrain_settings": "--pretrain-set",
@@ -16,8 +16,7 @@ NAMES = {
     "version": "crossmae",
 }
 PATHS = ("images", "labels", "output", "weights")
-DIGEST = "digest of "  # and the field of a file
-UNITS = (("h", 3600), ("m", 60))
+DIGEST_OF = "digest of "  # and the field of a file
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -28,21 +27,24 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Returns "" if nothing differs.
     """
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(DIGEST)]
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(DIGEST_OF)]
     pairs = [(as_typed(key, before.get(key)), as_typed(key, now[key])) for key in changed]
     if not pairs:  # the name of another file would explain another digest
-        fields = [key.removeprefix(DIGEST) for key in now if before.get(key) != now[key]]
+        fields = [key.removeprefix(DIGEST_OF) for key in now if before.get(key) != now[key]]
         pairs = [(f"another content of {name_of(field)}", as_typed(field, now[field])) for field in fields]
     return "; ".join(f"{first}, not {second}" for first, second in pairs)
 
 
 def name_of(field: str) -> str:
     """Return the name of an argument."""
-    return NAMES.get(field, f"--{field.replace('_', '-')}")
+    return ARGUMENTS.get(field, f"--{field.replace('_', '-')}")
 
 
 def as_typed(field: str, value: Any) -> str:
-    """Write an argument with its value, such as "--budget 1h30m", "no --weights" or "--detect-set A=1 B=2"."""
+    """Write an argument with its value.
+
+    Such as "--budget 1h30m", "no --weights" or "--detect-set A=1 B=2".
+    """
     name = name_of(field)
     if value is None or value is False or value == []:
         return f"no {name}"
@@ -59,7 +61,7 @@ def as_typed(field: str, value: Any) -> str:
 def format_duration(seconds: float) -> str:
     """Write a duration as `parse_duration` reads it: "30m", "1h30m", "45s"."""
     text = ""
-    for unit, length in UNITS:
+    for unit, length in (("h", 3600), ("m", 60)):
         number, seconds = divmod(seconds, length)
         text += f"{number:.0f}{unit}" if number else ""
     return f"{text}{round(seconds, 6):.12g}s" if round(seconds, 6) or not text else text
