@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from crossmae import __version__
+from crossmae.checkpoints.reading import PIPELINE_DETECTOR, PIPELINE_RECORD
 from crossmae.data.sources.source import Source, evenly_spaced
 from crossmae.errors import UserError, counted
 from crossmae.experiments.commands import busy_share, describe_machine
@@ -54,15 +55,16 @@ from crossmae.experiments.pipeline.trainings import (
     time_detection,
     time_pretraining,
 )
+from crossmae.experiments.pipeline.typed import DIGEST_OF, describe_changes
 from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import resolve_config_path
 
-RECORD, PAGE = "pipeline.json", "report.html"
+RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
 MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
-OWN, RANDOM = "detect-own", "detect-random"  # stages
+OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
 FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
 STARTS = {RANDOM: "random weights", OWN: "own pretraining"}  # what the detectors start from
@@ -158,18 +160,16 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
     for key in ("labels", "weights"):
         if (file := getattr(request, key)) and file.is_file():
-            ours[f"digest of {key}"] = sha256(file)
+            ours[f"{DIGEST_OF}{key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
     if known is None or (known != ours and not has_training(request.output)):
         write_json(path, {"request": ours})
         return
-    for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
-        if known.get(key) != ours[key]:
-            shown = "" if "digest" in key else f": {known.get(key)}"
-            raise UserError(
-                f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
-                "command of that run, name another folder, or add --fresh."
-            )
+    if changes := describe_changes(known, ours):
+        raise UserError(
+            f"--output: {request.output} holds a run with {changes}. Repeat the command of that run, name another "
+            "folder, or add --fresh."
+        )
 
 
 def has_training(output: Path) -> bool:
@@ -304,9 +304,9 @@ def decide(request: Request, look: Look, started: float) -> Decision:
 
 
 def detector_starts(request: Request) -> float:
-    """Estimate the seconds in which detectors start.
+    """Return the seconds in which detectors start.
 
-    One start is for the measurement, and one for each training.
+    They start once to be measured, and then each to be trained.
     """
     return START_SECONDS * (1 + len(request.detectors)) if request.detectors else 0.0
 
@@ -385,10 +385,12 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     assert trainings.val is not None
     about = read_json(request.output / "data" / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
+    empty = about["counts"]["train"]["empty"]
+    left_out = f" ({empty:,} without objects, which the detector leaves out)" if empty else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training, {trainings.val.count:,} for validation",
+        f"for training{left_out}, {trainings.val.count:,} for validation",
     }
     if trainings.objects:
         numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}

@@ -122,8 +122,19 @@ def test_a_dry_run_stops_after_the_plan_and_the_real_run_uses_it(
     assert plan.splitlines()[:5] == capsys.readouterr().out.partition("plan:\n")[2].splitlines()[:5]
 
 
-@pytest.mark.parametrize("change", ["budget", "labels", "digest of labels", "seed", "detect_settings"])
-def test_another_request_in_the_same_folder_is_refused(request_of: Request, change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("budget", r"--budget 15m, not --budget 15m1s"),
+        ("labels", r"--labels \S*labels\.json, not --labels \S*other\.json"),
+        ("digest of labels", r"another content of --labels, not --labels \S*labels\.json"),
+        ("seed", r"--seed 0, not --seed 1"),
+        ("detect_settings", r"no --detect-set, not --detect-set A=1 'B=2 3'"),
+    ],
+)
+def test_another_request_in_the_same_folder_is_refused(
+    request_of: Request, change: str, told: str, tmp_path: Path
+) -> None:
     start(request_of)
     other = request_of
     if change == "digest of labels":
@@ -133,8 +144,10 @@ def test_another_request_in_the_same_folder_is_refused(request_of: Request, chan
         (tmp_path / "other.json").write_text("{}")
         other = replace(request_of, labels=tmp_path / "other.json")
     else:
-        other = replace(request_of, **{change: {"budget": 901.0, "seed": 1, "detect_settings": ("A=1",)}[change]})
-    with pytest.raises(UserError, match=rf"^--output: .* holds a run with another {change.replace('_', ' ')}[:.]"):
+        other = replace(
+            request_of, **{change: {"budget": 901.0, "seed": 1, "detect_settings": ("A=1", "B=2 3")}[change]}
+        )
+    with pytest.raises(UserError, match=rf"^--output: \S* holds a run with {told}\. Repeat the command of that run"):
         check_request(other)
     check_request(other, fresh=True)
     assert "decision" not in read_json(request_of.output / RECORD)
@@ -148,7 +161,7 @@ def test_until_a_training_starts_the_request_may_change(request_of: Request) -> 
     check_request(other)
     assert "decision" not in read_json(request_of.output / RECORD)
     run(list_stages(other, 0.0), request_of.output)
-    with pytest.raises(UserError, match="with another budget: 1200"):
+    with pytest.raises(UserError, match=r"with --budget 20m, not --budget 15m\."):
         check_request(request_of)
 
 
