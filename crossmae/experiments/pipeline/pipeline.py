@@ -63,6 +63,7 @@ from crossmae.training.config import resolve_config_path
 
 RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
+VAL_SHARE = 0.2  # the default of tools/split_labels.py
 MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
 OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
@@ -91,7 +92,7 @@ class Request:
     budget: float
     weights: Path | None = None
     pretrain_share: float = PRETRAIN_SHARE
-    val_share: float = 0.2
+    val_share: float = VAL_SHARE
     by_folder: bool = False
     compare: bool = False
     size: int | None = None
@@ -420,7 +421,9 @@ def split_stage(request: Request) -> Stage:
     """Build the stage that reads and splits the labels."""
     folder = request.output / "data"
     words: tuple[str, ...] = (str(request.labels), "--images", str(request.images), "--output", str(folder))
-    words = (*words, "--val", f"{request.val_share:g}", "--seed", str(request.seed))
+    words = (*words, "--seed", str(request.seed))
+    if request.val_share != VAL_SHARE:  # labels with a split would say that a share has no effect
+        words = (*words, "--val", f"{request.val_share:g}")
     words = (*words, "--by-folder") if request.by_folder else words
     return Stage(
         "split", "Read the labels, and hold out images for validation", "tools/split_labels.py", words, ("data",)

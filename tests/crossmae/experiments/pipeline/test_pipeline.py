@@ -21,6 +21,7 @@ from crossmae.experiments.pipeline.pipeline import OWN, RANDOM, RECORD, Request,
 from crossmae.experiments.pipeline.plan import Timing
 from crossmae.experiments.stages import RECORDS, Stage
 from crossmae.files import read_json
+from tools import split_labels
 
 SIDE, COUNT = 48, 40
 
@@ -200,6 +201,13 @@ def test_a_busy_machine_is_said(
     monkeypatch.setattr(pipeline, "busy_share", lambda: busy)
     start(request_of)
     assert ("machine: other programs use 60% of its cores." in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("share", [split_labels.DEFAULT_VAL, 0.35])
+def test_a_share_is_given_to_the_split_if_it_is_not_the_default(request_of: Request, share: float) -> None:
+    words = pipeline.split_stage(replace(request_of, val_share=share)).words
+    given = split_labels.build_parser().parse_args(words).val
+    assert given == (None if share == split_labels.DEFAULT_VAL else share)
 
 
 def test_a_comparison_has_the_same_detector_from_the_random_weights_of_pretraining(request_of: Request) -> None:
