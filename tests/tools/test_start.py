@@ -110,7 +110,7 @@ def test_a_config_alone_makes_the_backbone_known() -> None:
 
 
 def test_crossmae_costs_little_more_than_torch() -> None:
-    """The processor time of an import, the smaller of two, A-B-A-B."""
+    """The processor time of an import: the smaller of two, if the first pair does not show it."""
     code = "import {}, time; {}; print(time.process_time())"
     sides = [code.format("torch", "torch"), code.format("crossmae", "crossmae.CrossMAE")]
     seconds: list[list[float]] = [[], []]
@@ -118,7 +118,9 @@ def test_crossmae_costs_little_more_than_torch() -> None:
         for side, times in zip(sides, seconds, strict=True):
             words = [sys.executable, "-c", side]
             times.append(float(subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout))
-    torch, ours = map(min, seconds)
+        torch, ours = map(min, seconds)
+        if ours < 1.3 * torch:
+            break
     assert ours < 1.3 * torch
 
 
