@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
-import torch.multiprocessing
 
 NO_REASON = ("", "unconditional skip")  # pytest's words for a skip and a mark without a reason
 SHOWN = 3  # tests of one reason
@@ -22,17 +20,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
+def _lacks_gpu() -> bool:
+    import torch  # slow import: a process that only hands out tests does without
+
+    return not torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and _lacks_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
 def start_method() -> Iterator[Callable[[str], None]]:
     """A function that chooses how new processes start: by "fork" or "spawn"."""
+    import torch.multiprocessing  # slow import
+
     before = torch.multiprocessing.get_start_method(allow_none=True)
     yield partial(torch.multiprocessing.set_start_method, force=True)
     torch.multiprocessing.set_start_method(before, force=True)

@@ -136,7 +136,8 @@ def comparable(text: str) -> tuple[str, str, str, str]:
 
 def test_from_images_to_converted_weights_in_an_empty_folder(programs: Path, tmp_path: Path) -> None:
     program = programs / "crossmae"
-    assert all(f"\n  {name} " in call([program, "--help"], tmp_path) for name in COMMANDS)
+    overview = call([program, "--help"], tmp_path)
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
     (tmp_path / "IMAGES").mkdir()
     rng = np.random.default_rng(0)
     for number in range(8):

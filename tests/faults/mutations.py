@@ -167,7 +167,7 @@ MUTATIONS = {
         STATE,
         '        own = own_losses(state["losses"], self.ranks.rank)\n',
         "        own: list[Losses] = []\n",
-        (SIGNALS, "-k", "finetune and nothing and step-signals0 and not first"),
+        (SIGNALS, "-k", "finetune-step-SIGTERM"),
     ),
     "log": Mutation(
         "the log is cut after the step of the checkpoint",
@@ -223,7 +223,7 @@ MUTATIONS = {
         "crossmae/data/workers.py",
         '    if hasattr(signal, "sigwaitinfo"):\n',
         "    if False:\n",
-        (SIGNALS, "-k", "finetune and nothing and step-signals0 and not first"),
+        (SIGNALS, "-k", "finetune-step-SIGTERM"),
     ),
     "stop_in_evaluation": Mutation(
         "a signal ends an evaluation",

@@ -10,7 +10,8 @@ import json
 import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed import TCPStore
 from crossmae.checkpoints.run_checkpoint import MODEL, complete_checkpoints
 from tests.faults.conftest import Whole, WholeOf
 from tests.faults.digests import TIMINGS, differences, digest
-from tests.faults.test_signals import CODES, ends, only_last
+from tests.faults.test_signals import CODES, ONE_IN_EVERY_TEST, ends, only_last
 from tests.faults.trainers import LOOP, TRAINERS
 from tests.faults.zygote import Run, Zygote
 
@@ -96,6 +97,14 @@ def unbroken_pair(whole: Whole, zygote: Zygote, folder: Path, words: list[str]) 
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def pair_of(
+    whole_of: WholeOf, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """Return a function that returns the digest of an unbroken run of two processes, which is run once."""
+    return cache(lambda name: digest(unbroken_pair(whole_of(name), zygote, tmp_path_factory.mktemp("pair"), [])))
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_processes_equal_one_with_the_same_global_batch(
     name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path
@@ -117,12 +126,13 @@ def test_two_processes_equal_one_with_the_same_global_batch(
         )
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "finetune" else []) for name in TRAINERS]
+)
 def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
-    name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path
+    name: str, whole_of: WholeOf, pair_of: Callable[[str], dict[str, Any]], zygote: Zygote, tmp_path: Path
 ) -> None:
-    whole = whole_of(name)
-    expected = digest(unbroken_pair(whole, zygote, tmp_path / "whole", []))
+    whole, expected = whole_of(name), pair_of(name)
     fault = {"act": "wait", "call": whole.trainer.step, "number": 4}
     runs = start_two(whole, zygote, tmp_path / "parts", [], {1: fault})
     runs[1].wait_for_fault()
@@ -140,10 +150,9 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
 
 
 def test_a_signal_interrupts_what_the_main_process_measures_alone(
-    whole_of: WholeOf, zygote: Zygote, tmp_path: Path
+    whole_of: WholeOf, pair_of: Callable[[str], dict[str, Any]], zygote: Zygote, tmp_path: Path
 ) -> None:
-    whole = whole_of("pretrain")
-    expected = digest(unbroken_pair(whole, zygote, tmp_path / "whole", []))
+    whole, expected = whole_of("pretrain"), pair_of("pretrain")
     # Two sets of images for each of two models before the first step. The seventh is the last model's after it.
     fault = {"act": "wait", "call": "crossmae.pretraining.validation:encode_images", "number": 7}
     runs = start_two(whole, zygote, tmp_path / "parts", [], {0: fault})
@@ -166,9 +175,10 @@ FAULTS = {  # the fault, the process that has it, and what the last line holds
 }
 
 
-# An exception takes the same way for every trainer.
+# A fault takes the same way for every trainer. Each trainer has some in every test.
+IN_EVERY_TEST = {"pretrain": ["a loss is NaN"], "finetune": ["SIGKILL"], "train_net": list(FAULTS)[1:3]}
 PAIRS = [
-    pytest.param(name, case, marks=[pytest.mark.slow] if "exception" in case and name != "train_net" else [])
+    pytest.param(name, case, marks=[] if case in IN_EVERY_TEST[name] else [pytest.mark.slow])
     for name in TRAINERS
     for case in FAULTS
 ]
@@ -188,9 +198,7 @@ def test_processes_end_together_and_the_cause_is_the_last_line(
     assert ("Traceback" in runs[0].printed) == ("exception" in case)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "pretrain" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
-)
+@pytest.mark.parametrize("name", ONE_IN_EVERY_TEST)
 def test_a_frozen_process_ends_the_other_one(name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path) -> None:
     """torchrun then ends the frozen process."""
     whole = whole_of(name)

@@ -20,10 +20,12 @@ from tests.faults.trainers import TRAINERS
 from tests.faults.zygote import Run, Zygote
 
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
-# The place of the first signal, and the signals.
-IN_EVERY_TEST = [
+# The place of the first signal, and the signals. Trainers differ in their steps and evaluations.
+OF_EVERY_TRAINER = [
     ("step", ["SIGTERM"]),
     ("judging", ["SIGUSR1"]),
+]
+OF_ONE_TRAINER = [
     ("saving", ["SIGHUP"]),
     ("first step", ["SIGINT"]),
 ]
@@ -40,7 +42,21 @@ IN_SLOW_TESTS = [
     ("first step", ["SIGTERM"]),
     ("last step", ["SIGTERM"]),
 ]
-CASES = [*IN_EVERY_TEST, *(pytest.param(*case, marks=pytest.mark.slow) for case in IN_SLOW_TESTS)]
+ONE = "pretrain"
+CASES = [
+    pytest.param(
+        name,
+        place,
+        signals,
+        id=f"{name}-{place}-{'+'.join(signals)}",
+        marks=[] if case in OF_EVERY_TRAINER or (case in OF_ONE_TRAINER and name == ONE) else [pytest.mark.slow],
+    )
+    for name in TRAINERS
+    for case in [*OF_EVERY_TRAINER, *OF_ONE_TRAINER, *IN_SLOW_TESTS]
+    for place, signals in [case]
+]
+# Every trainer takes these the same way.
+ONE_IN_EVERY_TEST = [name if name == ONE else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
 
 
 def signalled(whole: Whole, zygote: Zygote, folder: Path, place: str, signals: list[str]) -> Run:
@@ -69,8 +85,7 @@ def only_last(content: dict[str, object], last: int) -> dict[str, object]:
     return {key: value for key, value in content.items() if not other.match(key)}
 
 
-@pytest.mark.parametrize("place, signals", CASES)
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name, place, signals", CASES)
 def test_a_signal_saves_the_run_and_nothing_is_lost(
     name: str, place: str, signals: list[str], whole_of: WholeOf, zygote: Zygote, tmp_path: Path
 ) -> None:
@@ -97,7 +112,7 @@ def test_a_signal_saves_the_run_and_nothing_is_lost(
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", ONE_IN_EVERY_TEST)
 def test_a_second_ctrl_c_ends_the_run_now(name: str, whole_of: WholeOf, zygote: Zygote, tmp_path: Path) -> None:
     """One process does not save then. The workers end, too."""
     run = signalled(whole_of(name), zygote, tmp_path, "step", ["SIGINT", "SIGINT"])

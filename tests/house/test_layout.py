@@ -95,7 +95,7 @@ def foreign_imports_of_models(modules: Modules) -> list[str]:
         f"{module.file}:{line} imports {imported}: crossmae/models/ needs torch and timm only. Pass plain values in."
         for name, module in modules.items()
         if name.startswith("crossmae.models")
-        for imported, line in module.imports()
+        for imported, line in module.imports
         if (top := imported.partition(".")[0]) not in allowed and not _is_standard(top)
     ]
 
@@ -139,7 +139,7 @@ def private_imports(modules: Modules) -> list[str]:
     return [
         f"{module.file}:{line} imports {imported}: a private name. Make the name public where it lives, or leave it."
         for module in modules.values()
-        for imported, line in module.imports()
+        for imported, line in module.imports
         if imported.partition(".")[0] in {"crossmae", "det", "tools"}
         and (last := imported.rpartition(".")[2]).startswith("_")
         and not last.startswith("__")
@@ -202,7 +202,7 @@ def whole_configs(modules: Modules) -> list[str]:
         f"{module.file}: {name}({argument}): takes a whole config. Read the config at the door, pass plain values."
         for module in modules.values()
         if not module.file.endswith("config.py")
-        for name, function in module.functions()
+        for name, function in module.functions
         if not (module.file.startswith("tools/") and name == "main")
         and (argument := _config_argument(function)) is not None
     ]

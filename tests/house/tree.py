@@ -25,20 +25,24 @@ class Module:
         """Syntax tree of the file."""
         return ast.parse(self.source)
 
-    def imports(self) -> Iterator[tuple[str, int]]:
-        """Yield (imported dotted name, line), imports inside functions included.
+    @cached_property
+    def imports(self) -> list[tuple[str, int]]:
+        """List (imported dotted name, line), imports inside functions included.
 
         `from a.b import c` yields `a.b.c`; `longest_module` finds out whether that is a module or a name in one.
         """
+        found: list[tuple[str, int]] = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                yield from ((alias.name, node.lineno) for alias in node.names)
+                found += [(alias.name, node.lineno) for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+                found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+        return found
 
-    def functions(self) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield (qualified name, node) of every function and method."""
-        yield from _functions(self.tree, "")
+    @cached_property
+    def functions(self) -> list[tuple[str, ast.FunctionDef]]:
+        """List (qualified name, node) of every function and method."""
+        return list(_functions(self.tree, ""))
 
 
 def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -70,7 +74,7 @@ def longest_module(name: str, modules: dict[str, Module]) -> str | None:
 def edges(modules: dict[str, Module]) -> Iterator[tuple[str, str, int]]:
     """Yield (importer, imported module, line) within the product."""
     for module in modules.values():
-        for name, line in module.imports():
+        for name, line in module.imports:
             target = longest_module(name, modules)
             if target and target != module.name:
                 yield module.name, target, line

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def run_here(main: Callable[[list[str]], None], *words: str) -> tuple[int, str, list[str]]:
+    """As `run`, in this process, which has the libraries already."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict") for _ in range(2)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        code = exit_code(main, *words)
+    root.handlers, root.level = handlers, level
+    told, errors = (bytes_of(stream) for stream in streams)
+    return code, told, errors.replace("\r", "\n").splitlines()
+
+
+def bytes_of(stream: io.TextIOWrapper) -> str:
+    """Decode what was written to a stream."""
+    stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode()
+
+
 def run(tool: str, *words: str) -> tuple[int, str, list[str]]:
     """Exit code, output and lines of errors of a tool, in a terminal that takes UTF-8 alone."""
     terminal = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
@@ -56,13 +78,14 @@ def test_detection(folder: Path) -> None:
     from det.inference.video import write_video
     from tests.det.detectors import write_run
     from tests.det.inference.test_video import frames
+    from tools import predict
 
     write_run(Path("run"))
     video = os.fsdecode(b"clip\n\xe9.mp4")
     Path("found").mkdir()
     write_video(Path("found/a.mp4"), frames(2, 10), 10)
     Path("found/a.mp4").rename(Path("photos", video))
-    code, _, errors = run("predict.py", "--weights", "run", "photos", f"photos/{video}", "--output", "out")
+    code, _, errors = run_here(predict.main, "--weights", "run", "photos", f"photos/{video}", "--output", "out")
     assert code == SOME_FAILED_EXIT_CODE
     assert errors[-1].startswith(f"{folder}/photos/broken\\n\\udcff.png: cannot be read as an image")
     assert errors[-2].startswith("error: of 4 files")
@@ -95,7 +118,7 @@ def test_reconstruction(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: photos/broken\\n\\udcff.png: cannot be read as an image")
     Path("photos", BROKEN).unlink()
-    code, told, _ = run("reconstruct.py", "run", "photos", "--mask-ratio", "0.5")
+    code, told, _ = run_here(reconstruct.main, "run", "photos", "--mask-ratio", "0.5")
     assert code == 0
     rows = {line.split()[0] for line in told.splitlines() if line.startswith("photos/")}
     assert rows == {f"photos/{name}" for name in SHOWN}

@@ -45,7 +45,7 @@ def working_cell(folder: Path, name: str, seconds: float = 0.0, needs: tuple[str
 def twelve_cells(folder: Path) -> list[Cell]:
     """Four chains of three cells, the needs after those that need them."""
     return [
-        working_cell(folder, f"{chain}{number}", 0.15, (f"{chain}{number - 1}",) if number else (), steps=2)
+        working_cell(folder, f"{chain}{number}", 0.05, (f"{chain}{number - 1}",) if number else (), steps=2)
         for number in (2, 1, 0)
         for chain in "abcd"
     ]

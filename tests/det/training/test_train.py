@@ -409,6 +409,7 @@ def test_the_folder_of_a_pretraining_is_refused_by_its_kind(tmp_path, command):
             main([*command, *more])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path, command, caplog):
     """Torn or with a flipped bit; the end is that of the unbroken run."""
     words = ["SOLVER.CHECKPOINT_PERIOD=1", "SOLVER.CHECKPOINTS_KEPT=0"]

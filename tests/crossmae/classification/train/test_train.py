@@ -23,6 +23,7 @@ from crossmae.checkpoints.run_checkpoint import complete_checkpoints, read_state
 from crossmae.classification.classifier import load_classifier
 from crossmae.classification.data import CentreViews, LabelledImages, Views, label_targets
 from crossmae.classification.evaluation import evaluate as evaluation
+from crossmae.classification.evaluation import files as evaluation_files
 from crossmae.classification.evaluation.evaluate import EvaluationSet, evaluate
 from crossmae.classification.evaluation.metrics import ClassificationScores, Predictions
 from crossmae.classification.train import train as train_module
@@ -37,6 +38,7 @@ from crossmae.training.processes import Ranks
 from crossmae.training.state import TrainingState
 from tests.crossmae.classification.classifiers import write_classifier
 from tests.crossmae.classification.labelled import CLASSES, write_classes
+from tests.crossmae.reports.pages import draw_no_plots
 
 CPU = torch.device("cpu")
 NO_AUTOCAST = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -48,6 +50,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_classes(folder / "train", per_class=6)
     write_classes(folder / "val", per_class=3, seed=1)
     return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw neither figures nor curves, which take most of the time of a tiny run and have tests of their own."""
+    draw_no_plots(monkeypatch)
+    monkeypatch.setattr(evaluation_files, "save_figure", lambda *_: None)
 
 
 def evaluate_only(config: FinetuneConfig, weights: Path, force: bool = False) -> ClassificationScores:
@@ -86,22 +95,32 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in timing} for row in rows]
 
 
-@pytest.mark.parametrize(("stop", "workers", "accumulate"), [(3, 0, 1), (7, 2, 1), (2, 0, 2)])
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("accumulate, stops", [(1, {3: 0, 7: 2}), (2, {2: 0})], ids=["whole", "in-parts"])
 def test_resume_is_exact_to_the_bit_and_knows_the_best_score(
-    images: Path, tmp_path: Path, stop: int, workers: int, accumulate: int
+    images: Path, tmp_path: Path, accumulate: int, stops: dict[int, int]
 ) -> None:
-    """With everything that is random: policies, erasing, mixing, drop path, averaged weights."""
+    """With everything that is random: policies, erasing, mixing, drop path, averaged weights.
+
+    `stops` has the steps after which a run is resumed, each with the number of workers of the resumption.
+    """
     settings: dict[str, Any] = {
         "loss": {"mixup": 0.8, "cutmix": 1.0},
         "model": {"drop_path": 0.5},
         "optim": {"accumulate": accumulate, "ema": 0.9, "clip_grad": 1.0},
     }
     finetune(make_config(images, tmp_path / "whole", **settings))
-    parts = tmp_path / "parts"
-    finetune(make_config(images, parts, **settings, schedule={"max_steps": stop}))
-    torch.manual_seed(1234)
-    finetune(make_config(images, parts, **settings, data={"workers": workers}), resume=True)
-    ends = [complete_checkpoints(run)[-1] for run in (tmp_path / "whole", parts)]
+    for stop, workers in stops.items():
+        parts = tmp_path / f"parts-{stop}"
+        finetune(make_config(images, parts, **settings, schedule={"max_steps": stop}))
+        torch.manual_seed(1234)
+        finetune(make_config(images, parts, **settings, data={"workers": workers}), resume=True)
+        assert_resumed_exactly(tmp_path / "whole", parts, stop)
+
+
+def assert_resumed_exactly(whole: Path, parts: Path, stop: int) -> None:
+    """Compare a run that was resumed after the step `stop` with the unbroken one."""
+    ends = [complete_checkpoints(run)[-1] for run in (whole, parts)]
     weights = [load_file(folder / "model.safetensors") for folder in ends]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     states = [read_state(folder) for folder in ends]
@@ -109,11 +128,12 @@ def test_resume_is_exact_to_the_bit_and_knows_the_best_score(
         assert states[0]["kept"] == states[1]["kept"]
     assert all(torch.equal(states[0]["ema"][key], states[1]["ema"][key]) for key in states[0]["ema"])
     # The part that ended early evaluated once more, where it ended.
-    evaluated = [{row["step"]: row for row in lines(run) if "top1" in row} for run in (tmp_path / "whole", parts)]
+    evaluated = [{row["step"]: row for row in lines(run) if "top1" in row} for run in (whole, parts)]
     assert all(evaluated[1][step] == row for step, row in evaluated[0].items())
-    assert [row for row in lines(parts) if "loss" in row] == [row for row in lines(tmp_path / "whole") if "loss" in row]
+    assert [row for row in lines(parts) if "loss" in row] == [row for row in lines(whole) if "loss" in row]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_is_shortened(images: Path, tmp_path: Path) -> None:
     """4 epochs of 3 steps end after 3, with an evaluation; another restart changes nothing."""
     finetune(make_config(images, tmp_path / "whole", schedule={"max_steps": 4}))
@@ -127,6 +147,7 @@ def test_a_run_is_shortened(images: Path, tmp_path: Path) -> None:
     assert lines(tmp_path / "whole")[-1].keys() >= {"top1"}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_best_and_last_weights_are_kept_and_the_best_score_survives_a_restart(images: Path, tmp_path: Path) -> None:
     run, schedule = tmp_path / "run", {"epochs": 8}
     finetune(make_config(images, run, schedule=schedule | {"max_steps": 12}))
@@ -170,6 +191,7 @@ def test_it_learns_and_the_best_weights_give_the_best_score_again(images: Path, 
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_learning_rates_follow_schedule_and_layers(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +315,7 @@ def published_file(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_a_published_file_goes_straight_in(
     images: Path, tmp_path: Path, pool: str, caplog: pytest.LogCaptureFixture
@@ -318,6 +341,7 @@ def test_a_published_file_goes_straight_in(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> None:
     published_file(tmp_path / "pretrain.pth")
     model = {"init": tmp_path / "pretrain.pth", "freeze": True, "head": "batchnorm", "drop_path": 0.9}
@@ -346,6 +370,7 @@ def test_a_linear_probe_trains_the_head_alone(images: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_several_labels_per_image(images: Path, tmp_path: Path) -> None:
     rows = ["path,label"]
     for path in sorted((images / "train").rglob("*.png")):
@@ -415,6 +440,7 @@ def test_the_folder_of_a_pretraining_is_refused_by_its_kind(images: Path, tmp_pa
             finetune(make_config(images, tmp_path), resume=resume)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_set_of_classes_is_not_the_same_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
     write_classes(tmp_path / "train", per_class=6)
@@ -432,6 +458,7 @@ def test_a_broken_image_of_val_is_found_before_anything_is_trained(images: Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finetune(make_config(images, run, schedule={"max_steps": 3}))
@@ -441,6 +468,7 @@ def test_what_does_not_decide_may_change_on_resume_and_what_does_may_not(images:
     finetune(changed, resume=True)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_evaluation_does_not_replace_that_of_a_run(images: Path, tmp_path: Path) -> None:
     finetune(make_config(images, tmp_path / "run", schedule={"max_steps": 1}))
     with pytest.raises(UserError, match="has a run with its own evaluation"):
@@ -499,6 +527,7 @@ def test_of_equal_scores_the_lower_loss_is_the_best() -> None:
     assert kept["best"]["step"] == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_without_the_file_that_it_started_from(images: Path, tmp_path: Path) -> None:
     published_file(tmp_path / "pretrain.pth")
     model = {"init": tmp_path / "pretrain.pth"}
@@ -535,6 +564,7 @@ def test_a_classifier_starts_a_training_on_other_classes_row_by_row(
     assert "it is for another model.head or model.pool" in caplog.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_some_of_the_classes_are_evaluated_among_all_or_among_themselves(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -565,6 +595,7 @@ def test_classes_without_names_are_compared_by_number(
     assert "does not record the names of its 3 classes. They are taken for the data's, in order: blue" in caplog.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 # torch hides this warning of its own access, but not from pytest, which turns it into an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_train_the_same_and_evaluations_compile_nothing(

@@ -91,6 +91,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.items())
 
 
+@pytest.mark.usefixtures("in_process")
 def test_decoders(tmp_path: Path) -> None:
     found = numbers(
         run_cells(shortened(study_cells(tmp_path, ["decoder"]), ["decoder-cost"]), tmp_path / "results.jsonl")
@@ -130,6 +131,7 @@ def run_detection(folder: Path, settings: DetectionSettings, arm: str) -> Mappin
     return numbers(run_cells(cells, folder / "results.jsonl"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_detection(tmp_path: Path) -> None:
     found = run_detection(tmp_path, DETECTION_CPU, "mae")
     assert found["detection-labels-seed0"] == {"train-share10-seed0.json": 2, "train-share100-seed0.json": 20}

@@ -146,6 +146,7 @@ def test_all_shares_of_a_classifier_have_the_same_number_of_steps(tmp_path: Path
         choose_budget(replace(question, fine_tune_settings=("optim.batch_size=21",)), 30)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_cells_of_a_classifier(tmp_path: Path):
     """Real tools: pretraining, a classifier that starts from it, and a classifier with its own initialisation."""
     labels, preset = LabelledPart(write_classes(tmp_path / "classes", per_class=10)), tiny_preset(tmp_path / "configs")

@@ -129,6 +129,7 @@ def test_failed_runs_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "exit code 7" in page
 
 
+@pytest.mark.usefixtures("in_process")
 def test_plan_and_page_of_a_grid_of_two_cells(tmp_path: Path):
     """Real tools: pretraining, and a detector that starts from it."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
