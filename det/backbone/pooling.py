@@ -27,7 +27,10 @@ class RegionAlign(ROIAlign):
     """
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pool the boxes `rois` (R, 5) of feature maps (B, C, H, W) to (R, C, h, w)."""
+        """Pool boxes of feature maps.
+
+        The maps are (B, C, H, W), the boxes (R, 5) with the number of their image first, the result (R, C, h, w).
+        """
         if not (
             input.requires_grad
             and torch.is_grad_enabled()
