@@ -37,7 +37,7 @@ from crossmae.errors import UserError, counted
 from crossmae.models.class_names import NamePairs, pair_names, rows_by_name, start_notes
 from crossmae.models.linear import use_linear
 from crossmae.training.config import read_yaml
-from det.backbone.detector import Detector, use_channels_last
+from det.backbone.detector import Detector, use_channels_last, use_fast_layers
 from det.backbone.vit import ViT
 from det.classes import classes_of, recorded_classes, remember_classes
 from det.config import CONFIG, flatten, lookup
@@ -187,6 +187,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise UserError(f"MODEL: the detector cannot be built. {' '.join(str(error).split()) or error!r}") from error
     use_linear(model)
+    use_fast_layers(model)
     return model
 
 

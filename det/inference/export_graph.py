@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from det.backbone.detector import Detector
+from det.backbone.pooling import RegionAlign
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -32,11 +33,11 @@ def obstacle(model: nn.Module) -> str | None:
         ("MODEL.PROPOSAL_GENERATOR.NAME", getattr(model, "proposal_generator", None), (RPN,)),
         ("MODEL.ROI_HEADS.NAME", heads, (StandardROIHeads, CascadeROIHeads)),
         *[("a box predictor", layer, (FastRCNNOutputLayers,)) for layer in _predictors(heads)],
-        *[("a POOLER_TYPE", layer, (ROIAlign,)) for pooler in poolers for layer in pooler.level_poolers],
+        *[("a POOLER_TYPE", layer, (ROIAlign, RegionAlign)) for pooler in poolers for layer in pooler.level_poolers],
     ]
     for name, part, known in parts:
         if type(part) not in known:
-            names = [cls.__name__ for cls in known if cls is not Detector]  # Detector is no value of the key
+            names = [cls.__name__ for cls in known if cls not in (Detector, RegionAlign)]  # ours are no values of keys
             return f"{name} is {type(part).__name__}, known: {', '.join(names)}"
     if getattr(heads, "keypoint_on", False):
         return "MODEL.KEYPOINT_ON is True"
