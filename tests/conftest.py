@@ -14,6 +14,7 @@ import pytest
 
 NO_REASON = ("", "unconditional skip")  # pytest's words for a skip and a mark without a reason
 SHOWN = 3  # tests of one reason
+LONGEST = "tests/test_readme.py"  # it starts first, because one process runs it while the others run the rest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
         if item.get_closest_marker("gpu") and _lacks_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture
