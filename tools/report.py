@@ -433,18 +433,16 @@ def next_section(
     wanted: dict[str, list[str]] = {}
     if arms and arms[-1].results and inputs.val:
         weights, val = str(run.path / arms[-1].folder), inputs.val
-        wanted["Find objects in other images"] = [
-            *("predict.py", "--weights", weights, "IMAGES", "--output", "found", "--force")
-        ]
+        wanted["Find objects in other images"] = [*("predict.py", "--weights", weights, "IMAGES", "--output", "found")]
         wanted["Evaluate on other labels"] = [
             *("train_net.py", "--config-file", f"{weights}/config.yaml", "--eval-only"),
             *("--val-json", str(run.path / val.json_path), "--val-images", str(run.path / val.images)),
             *(f"MODEL.WEIGHTS={weights}", "OUTPUT_DIR=evaluation"),
         ]
-        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx", "--force"]
+        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx"]
     if "pretrain" not in unfinished:
         wanted["Convert the pretrained encoder"] = [
-            *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm", "--force")
+            *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm")
         ]
     text = "First repeat the command of this run, which continues it." if unfinished else ""
     return page.Section("What next", text, [sections.commands(wanted)] if wanted else [])

@@ -214,7 +214,9 @@ def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfini
     train, val = _own_data(data, "train", OWN_TRAIN), _own_data(data, "val", OWN_VAL)
     evaluated = [f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={folder / 'evaluation'}"]
     words = {
-        "Find objects in images, folders and videos": ["predict.py", "--weights", str(weights), "IMAGES", "--force"],
+        "Find objects in images, folders and videos": [
+            *("predict.py", "--weights", str(weights), "IMAGES", "--output", str(folder / "predicted"))
+        ],
         "Evaluate": [*train_net, "--eval-only", *val, *evaluated],
     }
     if unfinished:

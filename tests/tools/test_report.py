@@ -217,7 +217,7 @@ def test_curves_and_tables(folder: Path):
     assert [getattr(cell, "share", 0) for cell in by_class.rows[0]] == [0, 0, 0.408, 0.5543, 0.125, 0.125]
 
 
-def test_the_next_commands_can_be_repeated(folder: Path):
+def test_the_next_commands_are_taken_and_replace_no_files(folder: Path):
     run = RunFolder(folder)
     (block,) = report.next_section(run, DEMO, read_arms(run, DEMO), {}).blocks
     assert isinstance(block, Commands)
@@ -226,9 +226,9 @@ def test_the_next_commands_can_be_repeated(folder: Path):
     for title, tool in tools.items():
         given = tool.build_parser().parse_intermixed_args(words[title][2:])
         assert given.weights == folder / "detect-own"
-        assert given.force
+        assert not given.force
     convert = convert_checkpoint.build_parser().parse_args(words["Convert the pretrained encoder"][2:])
-    assert convert.force
+    assert not convert.force
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):

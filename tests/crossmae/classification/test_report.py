@@ -216,9 +216,9 @@ def test_the_commands_are_ones_that_the_tools_take(folder: Path) -> None:
     (block,) = blocks_of(folder, Commands)
     classes, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
     given = predict_classes.build_parser().parse_intermixed_args(classes[2:])
-    assert (given.weights, given.force) == (folder, True)  # so the command also works the second time
-    assert evaluate[4:7] == ["--eval-only", str(folder), "--force"]
-    config = load_typed_config(FinetuneConfig, evaluate[3], evaluate[7:])
+    assert (given.weights, given.force) == (folder, False)  # advice replaces no files
+    assert evaluate[4:7] == ["--eval-only", str(folder), f"output_dir={folder / 'again'}"]
+    config = load_typed_config(FinetuneConfig, evaluate[3], evaluate[6:])
     assert config.data.val == "/far/away/val"
     assert config.output_dir == folder / "again"  # the results of the run stay
 

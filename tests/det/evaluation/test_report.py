@@ -175,7 +175,8 @@ def test_the_commands_are_ones_that_the_tools_take(folder):
     (block,) = blocks_of(folder, Commands)
     find, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
     found = predict.build_parser().parse_intermixed_args(find[2:])
-    assert (found.weights, found.force) == (folder / "model_best.safetensors", True)  # so it also works again
+    assert (found.weights, found.force) == (folder / "model_best.safetensors", False)  # advice replaces no files
+    assert found.output == folder / "predicted"
     given = train_net.build_parser().parse_intermixed_args(evaluate[2:])
     cfg = load_det_config(given.config_file, given.overrides)
     assert given.eval_only
