@@ -103,6 +103,11 @@ def advise(text: str) -> str:
     return name_commands(text) if IN_WHEEL or is_command else text
 
 
+def repeat_command() -> str:
+    """Tell how a training continues: by the same command, with --resume."""
+    return "Repeat the command" if "--resume" in sys.argv else "Repeat the command with --resume"
+
+
 class UserError(ValueError):
     """An error that the user can correct: a path, a key, a file, a combination of settings.
 

@@ -21,8 +21,8 @@ from tools import convert_checkpoint, inspect_checkpoint
 DOCS = (Path(__file__).parents[1] / "docs/checkpoints.md").read_text(encoding="utf-8")
 SMALL: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 DECODER: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-COMMANDS = [found.split("  #")[0].strip() for found in re.findall(r"python (tools/\w+_checkpoint\.py [^`\n]+)", DOCS)]
-TOOLS = {"tools/convert_checkpoint.py": convert_checkpoint, "tools/inspect_checkpoint.py": inspect_checkpoint}
+COMMANDS = [found.split("  #")[0].strip() for found in re.findall(r"crossmae ((?:convert|inspect) [^`\n]+)", DOCS)]
+TOOLS = {"convert": convert_checkpoint, "inspect": inspect_checkpoint}
 
 
 def own(path: str, decoder: str = "self", **size: Any) -> None:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]}
 PROGRAMS = ("python", "torchrun", "crossmae", "make", "pip", "docker", "srun")
 CONTROL = ("||", "&&", "|", ";", ">")  # words of the shell that end a command
+RECORDS = {"results.md", "reliability.md"}  # of what was run: they name scripts
 OF_A_RUN = ("OUT", "outputs/")  # configs that only a run writes
 SCHEMAS: dict[str, type[BaseModel]] = {"finetune": FinetuneConfig, "probe": ProbeRunConfig}
 RECIPES = {"pretrain": "pretrain/small.yaml", "finetune": "finetune/small.yaml", "detect": "own_mask_rcnn.yaml"}
@@ -212,12 +213,21 @@ def fields(schema: type[BaseModel]) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - RECORDS))
+def test_commands_are_named_as_subcommands(page: str) -> None:
+    """A script without arguments is a mention, and the installer also runs where this package is not installed."""
+    scripts = set(COMMANDS.values()) - {"tools/install_detectron2.py"}
+    found = [(line, program(line.split())) for line in commands(PAGES[page].read_text(encoding="utf-8"))]
+    assert not [line for line, one in found if one and one[1] and one[0] in scripts and one[0] in line]
+
+
 def test_faults_are_noticed(monkeypatch: pytest.MonkeyPatch, any_device: None) -> None:
     text = "Text `python tools/x.py` and\n\n    python tools/worth.py \\\n        A B --plam || exit\n"
     assert commands(text) == ["python tools/worth.py A B --plam || exit", "python tools/x.py"]
     assert program(shlex.split(commands(text)[0])) == ("tools/worth.py", ["A", "B", "--plam"])
     file, words = program(shlex.split("torchrun --standalone tools/pretrain.py --config-file x")) or ("", [])
     assert (file, words) == ("tools/pretrain.py", ["--config-file", "x"])
+    assert program(shlex.split("torchrun --no-python crossmae pretrain --config-file x")) == (file, words)
     with pytest.raises(SystemExit):
         parse("tools/worth.py", ["A", "B", "--plam"], monkeypatch)
     pretrain = ["--config-file", "pretrain/small.yaml", "optim.batch_sice=2"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import install_detectron2
+from tools import command, install_detectron2
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/installation.md").read_text("utf-8")
@@ -63,7 +63,7 @@ def test_the_image_is_built_and_run_as_the_dockerfile_says() -> None:
 
 def test_bash_knows_the_command_after_the_line_for_tab() -> None:
     (line,) = [line for line in COMMANDS if line.startswith("eval ")]
-    assert f"\n    {line}\n" in (ROOT / "README.md").read_text("utf-8")
+    assert f"\n    {line}\n" in (command.__doc__ or "")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = f"{line}\ncomplete -p crossmae"
     done = subprocess.run(["bash", "-ec", script], env=os.environ | {"PATH": path}, capture_output=True, text=True)

@@ -23,6 +23,7 @@ from tests.crossmae.classification.labelled import write_classes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DETECTION = (ROOT / "docs/detection.md").read_text(encoding="utf-8")
 
 PRETRAIN = {
     "output_dir": "outputs",
@@ -70,10 +71,10 @@ DETECT = {
 }
 
 
-def command(name: str) -> str:
+def command(name: str, page: str = README) -> str:
     """The indented or fenced block after `<!-- test: name -->`."""
-    match = re.search(rf"<!-- test: {name} -->\n((?:    [^\n]*\n)+|```python\n.*?```)", README, re.DOTALL)
-    assert match, f"the README has no block for {name}"
+    match = re.search(rf"<!-- test: {name} -->\n((?:    [^\n]*\n)+|```python\n.*?```)", page, re.DOTALL)
+    assert match, f"the page has no block for {name}"
     return match[1].removeprefix("```python\n").removesuffix("```")
 
 
@@ -96,8 +97,10 @@ PROBE = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
-    (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "IMAGES").mkdir()
+    (folder / "PICTURES").symlink_to("IMAGES")
+    (folder / "outputs/run").mkdir(parents=True)
+    (folder / "outputs/run/detect-own").symlink_to("../detector")  # `crossmae run` calls it so
     images, annotations = [], []
     rng = np.random.default_rng(0)
     for number in range(1, 7):
@@ -146,9 +149,8 @@ def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     """The commands in the order of the README, each from what the one before it left."""
-    run(command("pretrain"), folder)
+    assert "PSNR" in run(command("pretrain"), folder)
     assert (folder / "outputs/mine/model.safetensors").is_file()
-    assert "PSNR" in run(command("reconstruct"), folder)
     assert (folder / "outputs/reconstructions/overview-1.png").is_file()
     assert run(command("convert"), folder).count("\nproof ") == 2
     assert (folder / "encoder.pth").is_file()
@@ -157,15 +159,14 @@ def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     assert (folder / "outputs/classifier/report.html").is_file()
     assert len(json.loads((folder / "outputs/classes.json").read_text())["images"]) == 6
     assert (folder / "outputs/probe/report.html").is_file()
-    run(command("split"), folder)
+    assert "AP50" in run(command("detect"), folder)
     assert (folder / "outputs/split/val.json").is_file()
-    run(command("detect"), folder)
     results = json.loads((folder / "outputs/detector/results.json").read_text())
     assert {"bbox", "segm"} <= results.keys()
-    assert len(list((folder / "outputs/predictions").glob("*.png"))) == 6
-    assert "AP50" in run(command("evaluate"), folder)
     assert json.loads((folder / "outputs/evaluation/results.json").read_text()) == results
-    done = run_python(command("predictor"), folder)
+    run(command("use"), folder)
+    assert len(list((folder / "found").glob("*.png"))) == 6
+    done = run_python(command("predictor") + command("backbone", DETECTION), folder)
     assert "Instances(num_instances=" in done.stdout, done.stderr
     assert "torch.Size([1, 256, 64, 48])" in done.stdout
 

@@ -18,6 +18,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 from crossmae.checkpoints.metadata import MODEL_ARGUMENTS, PICKLED_METADATA
 from crossmae.classification.vit import Architecture, build_vit
+from crossmae.errors import COMMANDS as SCRIPTS
 from crossmae.models.crossmae import CrossMAE
 from tests.test_readme import DETECT, FINETUNE, PRETRAIN, PROBE
 from tests.test_readme import folder as readme_folder
@@ -48,14 +49,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_use_has_a_command() -> None:
-    tools = [command.split()[1] for command in COMMANDS]
-    names = ("inspect_checkpoint", "pretrain", "finetune", "probe", "train_net", "convert_checkpoint", "reconstruct")
-    assert tools == [f"tools/{name}.py" for name in (*names, "predict_classes")]
+    names = ("inspect", "pretrain", "finetune", "probe", "detect", "convert", "reconstruct", "predict-classes")
+    assert [command.split()[:2] for command in COMMANDS] == [["crossmae", name] for name in names]
 
 
 def run(command: str) -> Callable[[], None]:
-    tool, *words = shlex.split(command)[1:]
-    return lambda: import_module(tool.removesuffix(".py").replace("/", ".")).main(words)
+    name, *words = shlex.split(command)[1:]
+    return lambda: import_module(SCRIPTS[name].removesuffix(".py").replace("/", ".")).main(words)
 
 
 def test_the_commands_and_the_folders_to_share(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a tool is run as a file, and tools/ is not installed
 
 from crossmae.checkpoints.metadata import DETECTOR_CONFIG, safetensors_metadata
-from crossmae.checkpoints.reading import weights_file
-from crossmae.errors import UserError, run_cli
+from crossmae.checkpoints.reading import detector_folder, weights_file
+from crossmae.errors import UserError, named_by, run_cli
 from crossmae.training.config import read_yaml
 
 CONFIG = "config.yaml"
@@ -41,22 +41,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments, and evaluate with the tool that trained."""
     arguments = build_parser().parse_intermixed_args(argv)
-    config = weights_file(arguments.run)  # a detector's file records its config
+    with named_by("RUN", arguments.run):
+        run = detector_folder(arguments.run)
+    config = weights_file(run)  # a detector's file records its config
     is_detector = config is not None and DETECTOR_CONFIG in safetensors_metadata(config)
     if config is None or not is_detector:
-        config = arguments.run / CONFIG
+        config = run / CONFIG
         if not config.is_file():
-            raise UserError(f"RUN: {arguments.run} has no {CONFIG}. Name the folder of a detector or classifier.")
+            raise UserError(f"RUN: {run} has no {CONFIG}. Name the folder of a detector or classifier.")
         is_detector = "MODEL" in read_yaml(config)
     if is_detector != (arguments.images is not None):
         is_kind, what = ("detector", "Add --images.") if is_detector else ("classifier", "Leave --images out.")
-        raise UserError(f"--images: {arguments.run} is a {is_kind}. {what}")
+        raise UserError(f"--images: {run} is a {is_kind}. {what}")
     words = ["--config-file", str(config), "--eval-only"]
     if is_detector:
         words += ["--val-json", arguments.labels, "--val-images", arguments.images]
-        words += [f"MODEL.WEIGHTS={arguments.run}", f"OUTPUT_DIR={arguments.output}"]
+        words += [f"MODEL.WEIGHTS={run}", f"OUTPUT_DIR={arguments.output}"]
     else:
-        words += [str(arguments.run), f"data.val={arguments.labels}", f"output_dir={arguments.output}"]
+        words += [str(run), f"data.val={arguments.labels}", f"output_dir={arguments.output}"]
     tool = importlib.import_module("tools.train_net" if is_detector else "tools.finetune")
     tool.main([*words, *arguments.overrides])
 

@@ -23,19 +23,20 @@ from pydantic import Field
 
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, advise, counted, run_cli
+from crossmae.experiments.pipeline.stage_section import STAGES, StageOfPlan, Stages, stage_section
 from crossmae.files import leaves, read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, RunFolder, read_log
 from crossmae.training.versions import versions
 from det.data.coco import read_coco
-from det.evaluation.run_files import AP_TEXT, TASKS, DetectionResults, RunRecord, read_training_log
+from det.evaluation.run_files import AP_TEXT, TASKS, DetectionResults, RunRecord, describe_images, read_training_log
 
 if TYPE_CHECKING:
     from det.evaluation.resampling import ApDifference
 
 COUNT = 12  # number of held-out images on the page
-STAGES, INPUTS, PRETRAIN_LOG = "stages.json", "pipeline.json", "pretrain/log.jsonl"
+INPUTS, PRETRAIN_LOG = "pipeline.json", "pretrain/log.jsonl"
 # Files of each detector.
 RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "log.jsonl", "run.json"
 LEAD = (
@@ -56,6 +57,7 @@ ONE_RUN = (
     "The detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
     "points. With --compare, tools/run.py also trains the same detector from random weights."
 )
+ONE_OF_TWO = "Only one of the two detectors is trained, so there is nothing to compare yet."
 HEADLINES = [f"{word} {key}" for key in ("AP", "AP50") for word in TASKS.values()]  # columns of the comparison
 
 
@@ -68,7 +70,12 @@ class Arm:
     results: DetectionResults | None
     predictions: list[Any] | None
     log: LoggedNumbers
-    settings: Mapping[str, Any]
+    record: RunRecord
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings by dotted key."""
+        return leaves(self.record.settings)
 
     def file(self, name: str) -> str:
         """Return the name of one of its files in the demo's folder."""
@@ -80,14 +87,6 @@ class LabelledFiles(FileContent):
 
     json_path: str = Field(alias="json")
     images: str
-
-
-class PlannedStage(FileContent):
-    """A stage of the plan: name, what it does, and expected seconds."""
-
-    name: str
-    what: str
-    seconds: float
 
 
 class PageInputs(FileContent):
@@ -110,7 +109,12 @@ class PageInputs(FileContent):
     worth: LabelledFiles | None = None
     neighbours: str = "the share of crops of objects and background whose class is found by the encoder's features"
     facts: dict[str, str] = Field({})
-    plan: list[PlannedStage] = Field([])
+    plan: list[StageOfPlan] = Field([])
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, except those before pretraining."""
+        return ["pretrain", *(stage.name for stage in self.plan if stage.name != "done"), *self.arms]
 
     @property
     def annotations(self) -> str:
@@ -125,8 +129,12 @@ class PipelineRecord(FileContent):
 
 
 def read_arms(run: RunFolder, inputs: PageInputs) -> list[Arm]:
-    """Read the detectors."""
-    return [read_arm(run, start, folder) for folder, start in inputs.arms.items()]
+    """Read the detectors whose stages are done.
+
+    Without a record of the stages, all detectors are read.
+    """
+    unfinished = run.read(STAGES, Stages.read, Stages()).unfinished(inputs.stages)
+    return [read_arm(run, start, folder) for folder, start in inputs.arms.items() if folder not in unfinished]
 
 
 def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
@@ -137,32 +145,8 @@ def read_arm(run: RunFolder, start: str, folder: str) -> Arm:
         run.read(f"{folder}/{RESULTS}", DetectionResults.read, None),
         run.read(f"{folder}/{PREDICTIONS}", read_predictions, None),
         run.read(f"{folder}/{LOG}", read_training_log, LoggedNumbers()),
-        leaves(run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()).settings),
+        run.read(f"{folder}/{RECORD}", RunRecord.read, RunRecord()),
     )
-
-
-class StageRecord(FileContent):
-    """The record of one stage in stages.json."""
-
-    name: str
-    title: str
-    command: str
-    status: str
-    seconds: float
-    peak_memory_bytes: int
-
-
-class Stages(FileContent):
-    """The content of stages.json."""
-
-    stages: list[StageRecord] = Field([])
-
-    @property
-    def totals(self) -> tuple[str, str]:
-        """Total time and highest peak memory of all finished stages, as text."""
-        done = [stage for stage in self.stages if stage.status == "done"]
-        peak = max((stage.peak_memory_bytes for stage in done), default=0)
-        return page.format_seconds(sum(stage.seconds for stage in done)), page.format_bytes(peak)
 
 
 def comparison_section(
@@ -175,7 +159,7 @@ def comparison_section(
     blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
     if len(arms) < 2:
-        return page.Section("Result", advise(ONE_RUN), blocks)
+        return page.Section("Result", advise(ONE_OF_TWO if len(inputs.arms) > 1 else ONE_RUN), blocks)
     if not differences:
         needed = (inputs.annotations, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
@@ -188,6 +172,8 @@ def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> st
     """Tell how the detectors were trained."""
     few = run.read(inputs.train.json_path, read_coco, None) if inputs.train else None
     labelled = counted(len(few["images"]), "labelled image") if few else "the same labelled images"
+    if found := [arm.record.training_images for arm in arms if arm.record.training_images]:
+        labelled = describe_images(*found[0], "labelled image")
     steps = {int(max(logged)) for arm in arms if (logged := arm.log.values("step"))}
     length = f" for {counted(steps.pop(), 'step')}" if len(steps) == 1 else ""
     if len(arms) < 2:
@@ -326,7 +312,7 @@ def prediction_section(
     text = (
         f"Up to {COUNT} held-out images, spread evenly over their ids: none was selected by hand. True objects are on "
         "the left, next to them the predictions with their scores, from 0.5 on, or the best of a detector that has few "
-        "such scores. A class has the same colour everywhere."
+        "such scores. A class has the same colour everywhere. A label that would hide a small object is left out."
     )
     return page.Section("Held-out images", text, blocks)
 
@@ -399,30 +385,7 @@ def detector_section(run: RunFolder, arms: Sequence[Arm]) -> page.Section:
     return page.Section("Detector training", text, [*plots, *missing])
 
 
-def stage_section(run: RunFolder, inputs: PageInputs, record: Stages) -> page.Section:
-    """Show time, peak memory and command of every stage."""
-    if not record.stages:
-        return page.Section("Stages", "", [run.missing(STAGES, "record of the stages")])
-    rows, planned = [], {stage.name: stage for stage in inputs.plan}
-    for stage in record.stages:
-        row = [stage.name, "this page" if stage.name == "report" else stage.status, "-"]
-        if stage.status == "done":
-            row[1:] = [page.format_seconds(stage.seconds), page.format_bytes(stage.peak_memory_bytes)]
-        if planned:
-            one = planned.get(stage.name)
-            row += [page.format_seconds(one.seconds), one.what] if one else ["-", ""]
-        rows.append(row)
-    caption = (
-        "The time includes the start of the program. Peak memory is the highest sum of the resident memory of a "
-        "stage's processes, sampled four times a second. Shared memory counts once for each process."
-    )
-    columns = ["stage", "time", "peak memory", *(["planned", "plan"] if planned else [])]
-    table = page.Table(columns, rows, caption, ["all", *record.totals, *(["", ""] if planned else [])])
-    commands = page.Commands([(stage.title, page.folded(stage.command)) for stage in record.stages])
-    return page.Section("Stages", "Each stage is one command. Run the commands in this order.", [table, commands])
-
-
-def facts(arms: Sequence[Arm], record: Stages) -> list[page.Fact]:
+def facts(arms: Sequence[Arm], record: Stages, unfinished: Mapping[str, str]) -> list[page.Fact]:
     """List the headline numbers that are available."""
     found = []
     for task, word in reversed(TASKS.items()):
@@ -431,10 +394,11 @@ def facts(arms: Sequence[Arm], record: Stages) -> list[page.Fact]:
             if numbers:
                 value = page.percent(numbers["AP"] and numbers["AP"] / 100)
                 found.append(page.Fact(f"{word.capitalize()} AP", value, f"from {arm.start}, one seed"))
-    if record.stages:
+    if any(stage.status == "done" for stage in record.stages):
         seconds, memory = record.totals
-        found.append(page.Fact("Time", seconds, "all stages, one after the other"))
-        found.append(page.Fact("Peak memory", memory, "of the largest stage"))
+        which = "the stages that are done" if unfinished else "all stages, one after the other"
+        found.append(page.Fact("Time", seconds, which))
+        found.append(page.Fact("Peak memory", memory, f"of the largest {'of these stages' if unfinished else 'stage'}"))
     return found
 
 
@@ -462,22 +426,28 @@ def data_section(inputs: PageInputs) -> page.Section:
     return page.Section("Data", "", [table])
 
 
-def next_section(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> page.Section:
+def next_section(
+    run: RunFolder, inputs: PageInputs, arms: Sequence[Arm], unfinished: Mapping[str, str]
+) -> page.Section:
     """Show what can be done with the results."""
     wanted: dict[str, list[str]] = {}
     if arms and arms[-1].results and inputs.val:
         weights, val = str(run.path / arms[-1].folder), inputs.val
-        wanted["Find objects in other images"] = ["predict.py", "--weights", weights, "IMAGES", "--output", "found"]
+        wanted["Find objects in other images"] = [
+            *("predict.py", "--weights", weights, "IMAGES", "--output", "found", "--force")
+        ]
         wanted["Evaluate on other labels"] = [
             *("train_net.py", "--config-file", f"{weights}/config.yaml", "--eval-only"),
             *("--val-json", str(run.path / val.json_path), "--val-images", str(run.path / val.images)),
             *(f"MODEL.WEIGHTS={weights}", "OUTPUT_DIR=evaluation"),
         ]
-        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx"]
-    wanted["Convert the pretrained encoder"] = [
-        *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm")
-    ]
-    return page.Section("What next", "", [sections.commands(wanted)])
+        wanted["Export"] = ["export_detector.py", "--weights", weights, "--output", "detector.onnx", "--force"]
+    if "pretrain" not in unfinished:
+        wanted["Convert the pretrained encoder"] = [
+            *("convert_checkpoint.py", str(run.path / "pretrain"), "encoder-timm", "--to", "timm", "--force")
+        ]
+    text = "First repeat the command of this run, which continues it." if unfinished else ""
+    return page.Section("What next", text, [sections.commands(wanted)] if wanted else [])
 
 
 def build_report(
@@ -489,6 +459,7 @@ def build_report(
 ) -> page.Report:
     """Build the page from the files in the folder of a run."""
     record = run.read(STAGES, Stages.read, Stages())
+    unfinished = record.unfinished(inputs.stages)
     detection = [
         comparison_section(run, inputs, arms, differences),
         prediction_section(run, inputs, arms, truth),
@@ -500,15 +471,22 @@ def build_report(
         pretraining_section(run, inputs),
         *([detector_section(run, arms)] if arms else []),
         *([data_section(inputs)] if inputs.facts else []),
-        next_section(run, inputs, arms),
-        stage_section(run, inputs, record),
+        next_section(run, inputs, arms, unfinished),
+        stage_section(run, record, inputs.plan, unfinished),
     ]
     lead = inputs.lead or (LEAD if arms else PRETRAINED_ONLY)
-    return page.Report(inputs.title, lead, facts(arms, record), shown, environment())
+    lead = record.describe(unfinished) if unfinished else lead
+    return page.Report(inputs.title, lead, facts(arms, record, unfinished), shown, environment())
 
 
-def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference]) -> str:
-    """Format the results for a terminal."""
+def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference], unfinished: str = "") -> str:
+    """Format the results for a terminal.
+
+    Args:
+        unfinished: what is not finished, in words; "" for a finished run.
+    """
+    if unfinished:
+        return "\n".join(textwrap.wrap(unfinished, 110)) + "\n"
     if not arms:
         return "No labels, so no detector was trained. The page has reconstructions and curves.\n"
     lines = ["COCO average precision on held-out images, in percent, one seed each", ""]
@@ -533,7 +511,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     differences = ap_differences(run, inputs, arms, truth)
     target = run.path / "report.html"
     build_report(run, inputs, arms, truth, differences).write(target)
-    write_text(run.path / "summary.txt", summary(arms, differences))
+    record = run.read(STAGES, Stages.read, Stages())
+    left = record.unfinished(inputs.stages)
+    write_text(run.path / "summary.txt", summary(arms, differences, record.describe(left) if left else ""))
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 

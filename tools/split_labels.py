@@ -14,7 +14,6 @@ stay on one side. Labels that already have splits keep them. Written into --outp
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any
 
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.records import UNSPLIT, AnnotationSet, common_folder, write_content
-from crossmae.data.annotations.split import SPLIT_SIDES, id_key, join, rebase, split_images
-from crossmae.errors import UserError, advise, counted, printable, run_cli, set_up_log
+from crossmae.data.annotations.split import id_key, join, rebase, split_images
+from crossmae.errors import UserError, counted, printable, run_cli, set_up_log
 from crossmae.files import check_writable, make_folder, write_json
 
 RECORD = "split.json"
@@ -129,12 +128,6 @@ def write(output: Path, found: AnnotationSet, contents: Contents, seed: int) -> 
         "seed": seed,
     }
     write_json(output / RECORD, record)
-    if {"train", "val"} <= contents.keys():
-        pairs = [
-            (f"--{name}-json", output / f"{name}.json", f"--{name}-images", contents[name][0]) for name in SPLIT_SIDES
-        ]
-        words = " ".join(shlex.quote(str(word)) for pair in pairs for word in pair)
-        print(advise(f"Train: python tools/train_net.py --config-file coco_mask_rcnn.yaml {words} OUTPUT_DIR=RUN"))
 
 
 def count(content: Mapping[str, Any]) -> dict[str, int]:

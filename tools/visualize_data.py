@@ -100,16 +100,15 @@ def compare_with_start(weights: str, names: Sequence[str]) -> None:
 def padded_samples(cfg: CfgNode) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
     """Yield padded images (H, W, 3) and their samples in training order."""
     import torch
-    from detectron2.data import get_detection_dataset_dicts
     from detectron2.modeling import build_backbone
     from detectron2.structures import ImageList
 
-    from det.data.loader import build_train_loader, refuse_unreadable, training_samples
+    from det.data.loader import build_train_loader, refuse_unreadable, training_records, training_samples
 
     with torch.device("meta"):  # build the model without memory for weights
         backbone = build_backbone(cfg)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records, _ = training_records(cfg)
     solver, samples, workers = cfg.SOLVER, training_samples(cfg, records), cfg.DATALOADER.NUM_WORKERS
     steps = range(solver.MAX_ITER)
     for batch in build_train_loader(samples, solver.IMS_PER_BATCH, steps, parts=solver.ACCUMULATE, workers=workers):

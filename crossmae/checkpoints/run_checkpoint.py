@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossmae.checkpoints.reading import MODEL_FILE
-from crossmae.errors import UserError, shorten
+from crossmae.errors import UserError, repeat_command, shorten
 from crossmae.files import (
     check_space,
     name_write_errors,
@@ -94,8 +94,8 @@ def save_checkpoint(
         write_json(new / MANIFEST, {"step": step, "files": files})
         if reason := _reading_error(new, set(tensors)):
             raise UserError(
-                f"{folder}: cannot be read after it was written: {reason}. Earlier checkpoints stay. Check the disk, "
-                "and continue with --resume."
+                f"{folder}: cannot be read after it was written: {reason}. Earlier checkpoints stay. Check the disk. "
+                f"{repeat_command()} to continue."
             )
         put_in_place(new, folder)
         for path in list(new.iterdir()) if new.is_dir() else ():  # of an earlier folder of this name

@@ -256,9 +256,9 @@ def _command_section(folder: Path, weights: object, validated: bool, unfinished:
     absent = page.Missing(Path(WEIGHTS), "commands to use the classifier", "there are no weights")
     words, finetune = {}, ["finetune.py", "--config-file", str(folder / CONFIG)]
     if weights is not None:
-        words["Classify images"] = ["predict_classes.py", "--weights", str(weights), "IMAGES"]
+        words["Classify images"] = ["predict_classes.py", "--weights", str(weights), "IMAGES", "--force"]
         if validated:
-            words["Evaluate"] = [*finetune, "--eval-only", str(weights), f"output_dir={folder / 'again'}"]
+            words["Evaluate"] = [*finetune, "--eval-only", str(weights), "--force", f"output_dir={folder / 'again'}"]
     if unfinished:
         words["Continue the training"] = [*finetune, "--resume", f"output_dir={folder}"]
     blocks = [*([absent] if weights is None else []), *([sections.commands(words)] if words else [])]

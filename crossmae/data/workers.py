@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from torch.utils.data import DataLoader, Dataset
 
-from crossmae.errors import UserError
+from crossmae.errors import UserError, repeat_command
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _describe_checkpoint(find: Callable[[], Path | None] | None) -> str:
     if find is None:
         return ""
     found = find()
-    return f" Continue from {found} with --resume." if found else " There is no checkpoint yet."
+    return f" {repeat_command()} to continue from {found}." if found else " There is no checkpoint yet."
 
 
 class Loader(DataLoader[Any]):

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,8 @@ from crossmae.errors import PROGRAMS
 # Do not import torch here: this module also serves commands that have nothing to compute.
 
 SAMPLE_SECONDS = 0.25
+# Signals that ask to stop and that may reach the parent only, unlike Ctrl-C. See `crossmae.data.workers.SIGNALS`.
+PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 POWERCAP = Path("/sys/class/powercap")
 # Linux ends the child if its parent ends, even by SIGKILL. `exec` keeps that wish and the number of the process.
 UNTIL_PARENT_ENDS = (
@@ -151,13 +155,10 @@ class RunningCommand:
         on_gpu: bool = False,
         meter: EnergyMeter | None = None,
     ) -> None:
-        guarded = list(command)
-        if sys.platform == "linux":
-            guarded = [sys.executable, "-I", "-S", "-c", UNTIL_PARENT_ENDS, str(os.getpid()), *command]
         self.started, self.on_gpu, self.meter = time.monotonic(), on_gpu, meter
         self.cpu_seconds, self.peak, self.sampled = 0.0, 0, 0.0
         self.process = subprocess.Popen(
-            guarded,
+            guarded(command),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -210,23 +211,65 @@ class RunningCommand:
             self.meter.sample()
 
 
+def guarded(command: Sequence[str]) -> list[str]:
+    """Let a command end with its parent, on Linux."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", UNTIL_PARENT_ENDS, str(os.getpid()), *command]
+
+
 def run_command(command: Sequence[str]) -> tuple[int, int]:
     """Run a command in the terminal.
+
+    A signal of `PASSED_ON` is passed on to the command, which may save before it ends. If the parent is killed, so is
+    the command.
 
     Returns its exit code and its peak memory (bytes). The exit code is negative if a signal ended the command. Memory
     is the sum over the command and its descendants of resident memory, sampled four times a second. Shared pages count
     once for each process.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the command has ended.
+        SystemExit: after a signal of `PASSED_ON`, once the command has ended, with 128 + its number.
     """
-    process, peak = subprocess.Popen(command), 0
-    while True:
-        peak = max(peak, resident_bytes(process.pid))
-        try:
-            return process.wait(timeout=SAMPLE_SECONDS), peak
-        except subprocess.TimeoutExpired:
-            continue
-        except KeyboardInterrupt:  # the terminal also interrupts the command, which saves and ends
-            process.wait()
-            raise
+    is_interrupted, peak, passed = False, 0, 0
+    with heard(PASSED_ON) as numbers:
+        process = subprocess.Popen(guarded(command))
+        while process.returncode is None:
+            try:
+                for number in numbers[passed:]:
+                    process.send_signal(number)
+                    passed += 1
+                peak = max(peak, resident_bytes(process.pid))
+                process.wait(timeout=SAMPLE_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+            except KeyboardInterrupt:  # the terminal also interrupts the command, which saves and ends
+                if is_interrupted:
+                    raise
+                is_interrupted = True
+    if is_interrupted:
+        raise KeyboardInterrupt
+    if numbers:
+        raise SystemExit(128 + numbers[0])
+    return process.returncode, peak
+
+
+@contextmanager
+def heard(signals: Sequence[signal.Signals]) -> Iterator[list[int]]:
+    """Collect the numbers of signals that arrive.
+
+    Signals that the shell ignores, such as SIGHUP for nohup, stay ignored. Outside the main thread nothing is heard.
+    """
+    numbers: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    wanted = [one for one in signals if is_main and signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, lambda number, _: numbers.append(number)) for one in wanted}
+    try:
+        yield numbers
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def resident_bytes(pid: int) -> int:
@@ -260,6 +303,18 @@ def _cpu_seconds(process: psutil.Process) -> float:
 def count_cores() -> int:
     """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Measure which share of its cores other programs use, 0 to 1.
+
+    Args:
+        seconds: time of the measurement, in which this process sleeps.
+    """
+    used = psutil.cpu_percent(seconds, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(used))
+    shares = [used[core] for core in own if core < len(used)]
+    return sum(shares) / len(shares) / 100 if shares else 0.0
 
 
 def find_gpus() -> dict[int, str]:

@@ -28,6 +28,7 @@ from crossmae.reports.page import format_bytes, format_seconds
 # Do not import torch or matplotlib here: they would slow down a command that has nothing to do.
 
 RECORDS = "stages.json"
+STOPPED = "stopped"  # status of a stage that a signal ended
 RESUME = "--resume"  # the flag of a tool that can continue its own run
 
 
@@ -115,14 +116,14 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, kee
     Args:
         keeps: the outputs are of the same command, which continues with them.
 
-    Raises UserError if the stage fails or does not write its outputs.
+    Raises UserError if the stage fails or does not write its outputs, and what `run_command` raises.
     """
     record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
     records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
     write_json(folder / RECORDS, {"stages": records})
     if not keeps:
         _remove([folder / name for name in stage.outputs])
-    started, peak, failure = time.perf_counter(), 0, "interrupted"
+    started, peak, failure = time.perf_counter(), 0, STOPPED
     try:
         code, peak = run_command(stage.arguments)
         absent = [str(folder / name) for name in stage.outputs if not (folder / name).exists()]
@@ -133,7 +134,8 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, kee
         elif code:
             failure = f"exit code {code}"
     finally:
-        seconds, status = round(time.perf_counter() - started, 3), "failed" if failure else "done"
+        seconds = round(time.perf_counter() - started, 3)
+        status = {"": "done", STOPPED: STOPPED}.get(failure, "failed")
         records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
         write_json(folder / RECORDS, {"stages": records})
     if failure:

@@ -295,7 +295,7 @@ def build_judges(
         validate_every=config.validation.every_epochs,
         probe_every=config.probe.every_epochs,
         draw_every=config.log.pictures_every_steps,
-        health=Health(health.band, health.measured_on, config.model.norm_pix_loss, warmup),
+        health=Health(health.band, health.measured_on, config.model.norm_pix_loss, warmup, schedule.total_steps),
         is_given=config.model.init is not None,
     )
 

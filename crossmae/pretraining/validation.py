@@ -164,6 +164,7 @@ def _named(classes: Sequence[str]) -> str:
 
 Band = Sequence[tuple[float, float, float]]
 SETTLED = 0.1  # share of the schedule after which the loss must have fallen; later for a long warm-up
+LEAST_STEPS = 100  # a shorter training is too short to tell; the loss of laptop.yaml falls below 1 in 40 to 50 steps
 MOVED = 0.97  # share of the first loss, or of 1 (the loss of predicting the mean of each patch)
 
 
@@ -175,11 +176,14 @@ class Health:
             interpolated between rows. There are no limits before the first row.
         normalised: targets are standardised per patch, so that predicting the mean gives a loss of 1.
         warmup: share of the schedule in which the learning rate rises.
+        steps: length of the schedule. Nothing is expected of the first `LEAST_STEPS` steps, nor of so many steps after
+            the warm-up, so that runs of a few steps have no warnings.
     """
 
-    def __init__(self, band: Band, measured_on: str, normalised: bool, warmup: float) -> None:
+    def __init__(self, band: Band, measured_on: str, normalised: bool, warmup: float, steps: int) -> None:
         self.band, self.measured_on, self.normalised = band, measured_on, normalised
-        self.settled = max(SETTLED, 2 * warmup)
+        self.least = LEAST_STEPS / max(steps, 1)
+        self.settled = max(SETTLED, 2 * warmup, warmup + self.least)
         self.is_above = self.is_stuck = False
 
     def warnings(self, share: float, loss: float, first: float) -> list[str]:
@@ -208,8 +212,11 @@ class Health:
         return found
 
     def limits(self, share: float) -> tuple[float, float] | None:
-        """Interpolate the limits of the loss, None before the first row."""
-        if not self.band or share < self.band[0][0]:
+        """Interpolate the limits of the loss.
+
+        None before the first row, and before `LEAST_STEPS`.
+        """
+        if not self.band or share < max(self.band[0][0], self.least):
             return None
         shares, lows, highs = zip(*self.band, strict=True)
         return float(np.interp(share, shares, lows)), float(np.interp(share, shares, highs))

@@ -35,7 +35,7 @@ from crossmae.data.batches import BatchPlan, KeyedImages, build_loader
 from crossmae.data.broken import Broken, Unreadable, find_broken, refuse_broken
 from crossmae.data.sources import Source
 from crossmae.data.workers import explain_dead_workers
-from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, shorten
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, repeat_command, shorten
 from crossmae.files import write_atomically, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import RunSettings
@@ -384,8 +384,7 @@ class TrainingSteps:
         self.writer.wait()
         self.state.ranks.wait()
         if step:
-            words = "stopped after step %d, which is saved; the same command with --resume continues from there"
-            log.info(words, step)
+            log.info("stopped after step %d, which is saved. %s to continue", step, repeat_command())
         else:
             log.info("stopped before the first step; nothing is saved")
         self.request.end()

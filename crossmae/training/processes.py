@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossmae.errors import USER_ERROR_EXIT_CODE, UserError
+from crossmae.errors import USER_ERROR_EXIT_CODE, UserError, repeat_command
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ def end_with_others(store: dist.Store, error: BaseException, timeout_minutes: fl
     reason = shorten_line(str(error))
     raise UserError(
         f"processes: another process of the run ended, or did not answer within {timeout_minutes:g} minutes: {reason}. "
-        "The last checkpoint stays. Look for its own error above, then continue with --resume."
+        f"The last checkpoint stays. Look for its own error above. {repeat_command()} to continue."
     ) from error
 
 

@@ -30,7 +30,7 @@ from crossmae.checkpoints.metadata import (
     recorded_config,
     recorded_numbers,
 )
-from crossmae.checkpoints.reading import detector_file
+from crossmae.checkpoints.reading import detector_file, detector_folder
 from crossmae.checkpoints.resample import fit
 from crossmae.checkpoints.weights import Weights, encoder_arguments, encoder_home, encoder_tensors, read_weights
 from crossmae.errors import UserError, counted
@@ -99,7 +99,10 @@ def build_trained(cfg: CfgNode) -> nn.Module:
 
 
 def open_weights(path: str, detector_only: bool) -> Weights | None:
-    """Read `MODEL.WEIGHTS`, None if it is empty."""
+    """Read `MODEL.WEIGHTS`, None if it is empty.
+
+    A folder of tools/run.py means its detector if `detector_only`, else its pretraining.
+    """
     if not path and detector_only:
         raise UserError("MODEL.WEIGHTS is empty. Name a trained detector, such as OUTPUT_DIR/model_final.safetensors.")
     if not path:
@@ -108,7 +111,8 @@ def open_weights(path: str, detector_only: bool) -> Weights | None:
     if "://" in path:
         raise UserError(f"MODEL.WEIGHTS: {path} is a URL. Download the file and name its path.")
     try:
-        weights = read_weights(find_detector(Path(path)))
+        file = find_detector(Path(path)) if detector_only else Path(path)
+        weights = read_weights(file)
         if detector_only and weights.format != "detector":
             raise mix_up(weights.path, weights.format, weights.metadata, "a detector")
     except UserError as error:
@@ -154,8 +158,9 @@ def _pixels(weights: Weights, cfg: CfgNode) -> Facts:
 def find_detector(path: Path) -> Path:
     """Find the best weights, else the last weights, of a run's folder.
 
-    Other paths are returned unchanged.
+    Other paths are returned unchanged. Raises UserError for a folder of tools/run.py without exactly one detector.
     """
+    path = detector_folder(path)
     return (path.is_dir() and detector_file(path)) or path
 
 

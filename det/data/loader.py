@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.detection_utils import (
     annotations_to_instances,
     check_image_size,
@@ -268,6 +269,22 @@ def keyed_numpy_randomness(*key: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def training_records(cfg: CfgNode) -> tuple[list[dict[str, Any]], int]:
+    """Load the records of the training images.
+
+    Images without objects are left out, unless `DATALOADER.FILTER_EMPTY_ANNOTATIONS` is False.
+
+    Returns the records, and the number of images with those that are left out. Raises UserError if no image is left.
+    """
+    every = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    if not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS or "annotations" not in every[0]:
+        return every, len(every)
+    kept = filter_images_with_only_crowd_annotations(every)
+    if not kept:
+        raise UserError(f"DATASETS.TRAIN: none of {counted(len(every), 'image')} has an object. Label some images.")
+    return kept, len(every)
 
 
 def training_samples(cfg: CfgNode, records: list[dict[str, Any]]) -> KeyedSamples:

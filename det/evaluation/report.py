@@ -45,6 +45,7 @@ from det.evaluation.run_files import (
     BestEvaluation,
     DetectionResults,
     RunRecord,
+    describe_left_out,
     read_training_log,
 )
 
@@ -192,7 +193,8 @@ def _recall_section(run: RunFolder, tasks: Mapping[str, Any]) -> page.Section:
 def _picture_section(run: RunFolder) -> page.Section:
     text = (
         "True objects on the left, predicted objects with their scores on the right. A class has the same colour on "
-        "both sides. The images are spread evenly over the validation set, not selected."
+        "both sides. A label that would hide a small object is left out. The images are spread evenly over the "
+        "validation set, not selected."
     )
     rows = []
     for path in find_pictures(run.path / PICTURES):
@@ -212,7 +214,7 @@ def _command_section(folder: Path, data: Mapping[str, Mapping[str, Any]], unfini
     train, val = _own_data(data, "train", OWN_TRAIN), _own_data(data, "val", OWN_VAL)
     evaluated = [f"MODEL.WEIGHTS={weights}", f"OUTPUT_DIR={folder / 'evaluation'}"]
     words = {
-        "Find objects in images, folders and videos": ["predict.py", "--weights", str(weights), "IMAGES"],
+        "Find objects in images, folders and videos": ["predict.py", "--weights", str(weights), "IMAGES", "--force"],
         "Evaluate": [*train_net, "--eval-only", *val, *evaluated],
     }
     if unfinished:
@@ -229,18 +231,22 @@ def _own_data(data: Mapping[str, Mapping[str, Any]], split: str, name: str) -> l
 
 
 def changed_from_defaults(content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List key, value and default of changed settings."""
+    """List key, value and default of changed settings.
+
+    Internal names of own data are left out.
+    """
     cfg = get_cfg()
     add_crossmae_config(cfg)
     defaults = json.loads(json.dumps(dict(flatten(cfg))))  # tuples become lists
-    return sections.changed_settings(content, defaults)
+    found = sections.changed_settings(content, defaults)
+    return [row for row in found if row[1] not in ([OWN_TRAIN], [OWN_VAL])]  # the section "Data" has the files
 
 
 def _data_section(run: RunFolder, record: RunRecord) -> page.Section:
-    rows = []
+    rows, own = [], {OWN_TRAIN: "training", OWN_VAL: "validation"}
     for name, paths in record.data.items():
         ends = [sections.path_end(paths.get(key, "-")) for key in ("json", "images")]
-        rows.append([name, *ends, str(record.settings.get(f"SHA-256 of the json of {name}", "-"))[:16]])
+        rows.append([own.get(name, name), *ends, str(record.settings.get(f"SHA-256 of the json of {name}", "-"))[:16]])
     if not rows:
         return page.Section("Data", "", [run.missing(RECORD, "record of the data", "the file has none")])
     caption = f"Ends of the paths, and first characters of the annotations' SHA-256. Both are complete in {RECORD}."
@@ -307,10 +313,11 @@ def _accuracy_facts(results: DetectionResults | None, best: BestEvaluation | Non
 
 def _training_facts(record: RunRecord, log: LoggedNumbers, progress: str) -> list[page.Fact]:
     found = []
-    images = record.settings.get("number of training images")
-    if isinstance(images, int):
-        note = counted(len(record.classes), "class") if record.classes else ""
-        found.append(page.Fact("Training images", f"{images:,}", note))
+    if images := record.training_images:
+        used, listed = images
+        number = f"{used:,}" if used == listed else f"{used:,} of {listed:,}"
+        notes = (describe_left_out(listed - used), counted(len(record.classes), "class") if record.classes else "")
+        found.append(page.Fact("Training images", number, ", ".join(filter(None, notes))))
     speeds, per_step = log.values("images_per_second"), record.settings.get("SOLVER.IMS_PER_BATCH")
     if speeds and isinstance(per_step, int):
         seconds = sum(steps * per_step / speed for steps, speed in log.spans("step", "images_per_second"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from crossmae.errors import counted
 from crossmae.reports.run_folder import FileContent, LoggedNumbers, read_log
 
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -71,13 +72,37 @@ class DetectionResults(FileContent):
 
 
 class RunRecord(FileContent):
-    """Content of `run.json`, see `det.training.train.record_run`. Values that older files lack are empty."""
+    """Content of `run.json`, see `det.training.checkpoint.record_run`. Values that older files lack are empty."""
 
     classes: list[str] = Field([])
     versions: dict[str, Any] = Field({})
     data: dict[str, dict[str, Any]] = Field({})
     settings: dict[str, Any] = Field({})
     iterations: int = 0
+    listed_images: int = 0
+
+    @property
+    def training_images(self) -> tuple[int, int] | None:
+        """Numbers of training images, used and listed."""
+        used = self.settings.get("number of training images")
+        return (used, max(used, self.listed_images)) if isinstance(used, int) else None
+
+
+def describe_left_out(number: int) -> str:
+    """Describe images that a training leaves out, "" if there are none."""
+    return f"{number:,} without objects {'is' if number == 1 else 'are'} left out" if number else ""
+
+
+def describe_images(used: int, listed: int, noun: str = "image") -> str:
+    """Describe training images.
+
+    Such as "79 of 89 images (10 without objects are left out)".
+
+    Args:
+        listed: number of images with those that are left out.
+    """
+    left_out = describe_left_out(listed - used)
+    return f"{used:,} of {counted(listed, noun)} ({left_out})" if left_out else counted(used, noun)
 
 
 class BestEvaluation(FileContent):

@@ -9,7 +9,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from crossmae.checkpoints.metadata import DETECTOR_CONFIG, safetensors_metadata
-from crossmae.checkpoints.reading import hub_advice, weights_file
+from crossmae.checkpoints.reading import detector_folder, hub_advice, weights_file
 from crossmae.errors import UserError, named_by
 from det.config import CONFIG, load_det_config
 
@@ -44,7 +44,9 @@ def read_config(
         )
     if config_file is not None:
         return load_det_config(str(config_file), overrides)
-    file, folder = weights_file(Path(weights)), Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    with named_by(key, weights):
+        weights = detector_folder(Path(weights))
+    file, folder = weights_file(weights), weights if weights.is_dir() else weights.parent
     try:
         if file and DETECTOR_CONFIG in safetensors_metadata(file):
             return load_det_config(str(file), overrides)
@@ -55,5 +57,5 @@ def read_config(
         from det.backbone.weights import check_detector  # slow import
 
         with named_by(key, weights):
-            check_detector(Path(weights))  # weights of another kind explain the error better
+            check_detector(weights)  # weights of another kind explain the error better
         raise

@@ -37,6 +37,7 @@ LETTER_SIZE = 0.05  # divided by the longest side; for pictures that are shown s
 SMALLEST_LETTERS = 9.0  # pixels
 ENLARGED_BELOW = 512  # pixels: images are drawn enlarged, by an integer scale, if both sides are shorter
 LABEL_SIZE = 0.03  # like LETTER_SIZE, for pictures that are shown large
+MOST_HIDDEN, MOST_HIDDEN_LABEL = 0.2, 0.05  # shares of an object, and of another label, that a label may cover
 _DEJAVU = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
@@ -45,7 +46,7 @@ class DrawnInstance:
     """One object to draw.
 
     The box is x, y, width, height in pixels. The mask is one of three: (H, W), True on the object; a COCO
-    `segmentation`, which is decoded only while it is drawn, to save memory; or None.
+    `segmentation`, which is decoded only while it is drawn, to save memory; or None. The name "" is not written.
     """
 
     box: tuple[float, float, float, float]
@@ -64,20 +65,30 @@ def class_color(index: int) -> Color:
 def instances_from_coco(annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, str]) -> list[DrawnInstance]:
     """Convert COCO annotations or results of one image.
 
-    The order of `categories` (names by id) numbers the classes.
+    The order of `categories` (names by id) numbers the classes. The name of an only class is left out.
     """
-    order = {category: index for index, category in enumerate(categories)}
+    order, names = dict(zip(categories, range(len(categories)), strict=True)), shown_names([*categories.values()])
     instances = []
     for annotation in annotations:
         category = annotation["category_id"]
         x, y, width, height = map(float, annotation["bbox"])
         mask, score = annotation.get("segmentation") or None, annotation.get("score")
-        instances.append(DrawnInstance((x, y, width, height), order[category], categories[category], mask, score))
+        index = order[category]
+        instances.append(DrawnInstance((x, y, width, height), index, names[index], mask, score))
     return instances
 
 
+def shown_names(names: Sequence[str]) -> Sequence[str]:
+    """Leave out the name of an only class, because it distinguishes nothing."""
+    return [""] if len(names) == 1 else names
+
+
 def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[DrawnInstance]:
-    """Convert the training targets of one image."""
+    """Convert the training targets of one image.
+
+    The name of an only class is left out.
+    """
+    names = shown_names(names)
     masks: Any = objects.gt_masks if objects.has("gt_masks") else None
     if isinstance(masks, PolygonMasks):
         masks = [polygons_to_bitmask(polygons, *objects.image_size) for polygons in masks.polygons]
@@ -92,7 +103,11 @@ def instances_from_detectron2(objects: Instances, names: Sequence[str]) -> list[
 
 
 def instances_from_predictions(found: Instances, names: Sequence[str]) -> list[DrawnInstance]:
-    """Convert the predictions for one image."""
+    """Convert the predictions for one image.
+
+    The name of an only class is left out.
+    """
+    names = shown_names(names)
     masks = found.pred_masks.numpy() if found.has("pred_masks") else [None] * len(found)
     rows = zip(found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), masks, found.scores.tolist(), strict=True)
     return [
@@ -117,8 +132,9 @@ def draw_instances(
     """Draw instances over a copy of an RGB image (H, W, 3).
 
     The image is first scaled to a longest side of `longest_side` pixels. The height of letters is `letters` times that
-    side. Large objects are drawn first, so that small objects stay visible. Labels do not overlap if their boxes leave
-    room; otherwise the label with the highest score is on top.
+    side. Large objects are drawn first, so that small objects stay visible. A label is above or below its box, next to
+    it, or in it, where it covers least of all objects and of labels with higher scores. It is left out if it would
+    cover more of one of them than `MOST_HIDDEN` and `MOST_HIDDEN_LABEL`.
     """
     scale = 1.0 if longest_side is None else longest_side / max(image.shape[:2])
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
@@ -161,18 +177,26 @@ def _draw_mask(canvas: Image.Image, mask: NDArray[np.bool_], color: Color, scale
 
 def _draw_labels(canvas: Image.Image, instances: Sequence[DrawnInstance], scale: float, letters: float) -> None:
     draw, pad = ImageDraw.Draw(canvas), round(letters / 6)
-    tags: list[Corners] = []
-    texts: list[tuple[str, Font, Color, float, float]] = []
-    for instance in sorted(instances, key=lambda item: item.score or 0.0, reverse=True):
-        text = instance.name if instance.score is None else f"{instance.name} {instance.score:.2f}"
-        font = label_font(instance.name, letters)
+    boxes = [tuple(value * scale for value in instance.box) for instance in instances]
+    limits = [MOST_HIDDEN] * len(boxes)
+    taken = [(x, y, x + max(width, 1), y + max(height, 1)) for x, y, width, height in boxes]  # objects, then labels
+    drawn: list[tuple[Corners, str, Font, Color, float, float]] = []
+    ranked = sorted(zip(instances, boxes, strict=True), key=lambda pair: pair[0].score or 0.0, reverse=True)
+    for instance, box in ranked:
+        score = "" if instance.score is None else f"{instance.score:.2f}"
+        text = " ".join(filter(None, (instance.name, score)))
+        font = label_font(text, letters)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="la")
         tag = (right - left + 2 * pad, bottom - top + 2 * pad)
-        box = tuple(value * scale for value in instance.box)
         spots = [_at(x, y, tag, canvas.size) for x, y in _spots(box, tag)]
-        tags.append(min(spots, key=lambda spot: sum(_overlap(spot, other) for other in tags)))
-        texts.append((text, font, class_color(instance.class_index), pad - left, pad - top))
-    for corners, (text, font, color, right, down) in reversed(list(zip(tags, texts, strict=True))):
+        hidden = [_hidden(spot, taken, limits) for spot in spots] if text else []
+        if not text or min(hidden)[0] > 1:
+            continue
+        corners = spots[hidden.index(min(hidden))]
+        taken.append(corners)
+        limits.append(MOST_HIDDEN_LABEL)
+        drawn.append((corners, text, font, class_color(instance.class_index), pad - left, pad - top))
+    for corners, text, font, color, right, down in reversed(drawn):  # the highest score is on top
         draw.rectangle(corners, fill=color)
         luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]  # ITU-R BT.601
         fill = (0, 0, 0) if luma > 140 else (255, 255, 255)
@@ -206,11 +230,15 @@ def label_font(text: str, size: float) -> Font:
 
 
 def _spots(box: tuple[float, ...], tag: tuple[float, float]) -> list[tuple[float, float]]:
-    """List possible upper left corners for a tag, best first."""
+    """List possible upper left corners for a tag, best first.
+
+    The tag is above its box, below, next to it, or in it.
+    """
     (x, y, width, height), (tag_width, tag_height) = box, tag
-    rows = (y - tag_height, y + height, y, y + height - tag_height)
-    inner = [(column, row) for row in rows for column in (x, x + width - tag_width)]
-    return inner + [(column, row) for row in rows[2:] for column in (x + width, x - tag_width)]
+    columns, rows = (x, x + width - tag_width), (y, y + height - tag_height)
+    outside = [(column, row) for row in (y - tag_height, y + height) for column in columns]
+    beside = [(column, row) for column in (x + width, x - tag_width) for row in rows]
+    return outside + beside + [(column, row) for row in rows for column in columns]
 
 
 def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> Corners:
@@ -219,9 +247,15 @@ def _at(x: float, y: float, tag: tuple[float, float], size: tuple[int, int]) -> 
     return x, y, x + tag[0], y + tag[1]
 
 
-def _overlap(one: Corners, other: Corners) -> float:
-    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
-    return max(width, 0.0) * max(height, 0.0)
+def _hidden(corners: Corners, others: Sequence[Corners], limits: Sequence[float]) -> tuple[float, float]:
+    """Compute which shares of other areas a tag would cover.
+
+    Returns the largest and the sum of the shares, each divided by its limit.
+    """
+    areas, own = np.asarray(others), np.asarray(corners)
+    sides = np.minimum(areas[:, 2:], own[2:]) - np.maximum(areas[:, :2], own[:2])
+    shares = sides.clip(0).prod(1) / (areas[:, 2:] - areas[:, :2]).prod(1) / limits
+    return float(shares.max()), float(shares.sum())
 
 
 def draw_sheet(

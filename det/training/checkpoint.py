@@ -113,9 +113,14 @@ def record_run(
     test: Sequence[str],
     settings: Mapping[str, Any],
     iterations: int,
+    listed: int,
     processes: int,
 ) -> None:
-    """Write a run's classes, versions, data sets and `shared_settings`."""
+    """Write a run's classes, versions, data sets and `shared_settings`.
+
+    Args:
+        listed: number of training images with those that are left out because they have no objects.
+    """
     sets = {name: MetadataCatalog.get(name) for name in (*train, *test)}
     data = {name: {"json": meta.get("json_file"), "images": meta.get("image_root")} for name, meta in sets.items()}
     libraries = versions() | {"detectron2": detectron2.__version__, "processes": processes}
@@ -124,4 +129,5 @@ def record_run(
     trained = registered_classes(train[0])
     classes = {CLASSES: list(trained.names), CATEGORY_IDS: list(trained.category_ids)} if trained else {}
     run = {"iterations": iterations, "versions": libraries, "data": data, "settings": settings}
+    run["listed_images"] = listed
     write_json(folder / RECORD, classes | run)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -29,9 +29,17 @@ from det.backbone.weights import build_detector, build_trained, load_weights
 from det.classes import Classes, classes_of, pair_categories, registered_classes, remember_classes, without_spare
 from det.config import FINAL, RECORD, flatten, read_keys
 from det.data.coco import check_classes, check_registered
-from det.data.loader import WORKERS_KEY, NamingMapper, build_train_loader, check_objects_left, training_samples
+from det.data.loader import (
+    WORKERS_KEY,
+    NamingMapper,
+    build_train_loader,
+    check_objects_left,
+    training_records,
+    training_samples,
+)
 from det.evaluation.evaluate import evaluate
 from det.evaluation.report import write_report
+from det.evaluation.run_files import describe_images
 from det.inference.precision import check_precision
 from det.library_warnings import library_warnings_ignored
 from det.training.checkpoint import data_names, find_checkpoint, record_run, shared_settings, write_final
@@ -99,7 +107,9 @@ def build_job(
     check_writable(folder, "OUTPUT_DIR")
     seed_all_rng(cfg.SEED)
     # The training images, and the schedule that follows from their number.
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records, listed = training_records(cfg)
+    if len(records) < listed:
+        log.info("training images: %s", describe_images(len(records), listed))
     check_objects_left(records, NamingMapper(cfg, True))
     samples = training_samples(cfg, records)
     check_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
@@ -147,7 +157,9 @@ def build_job(
 
     def start_run() -> None:
         start_file()
-        record_run(folder, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, settings, schedule.last_step, ranks.world_size)
+        record_run(
+            folder, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, settings, schedule.last_step, listed, ranks.world_size
+        )
 
     return loop.Job(
         word="train",

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from crossmae.errors import (
     free_space,
     name_commands,
     named_by,
+    repeat_command,
     run_cli,
 )
 
@@ -50,6 +52,20 @@ def test_the_users_trouble_is_one_line(
         run_cli(raising(error))
     assert exit_info.value.code == code
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "Repeat the command with --resume"),
+        (["--resume", "output_dir=out"], "Repeat the command"),
+    ],
+)
+def test_who_has_given_resume_is_not_told_to_add_it(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["crossmae pretrain", *words])
+    assert repeat_command() == told
 
 
 @pytest.mark.parametrize("number", DISK_TROUBLE, ids=errno.errorcode.get)

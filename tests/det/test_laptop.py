@@ -32,7 +32,7 @@ def losses(run: Path) -> list[float]:
 def smoke(name: str) -> list[str]:
     """The settings of the first command in the header of a config, without the names of files."""
     text = (CONFIG_ROOT / name).read_text(encoding="utf-8")
-    command = next(line for line in text.splitlines() if line.startswith("#     python"))
+    command = next(line for line in text.splitlines() if line.startswith("#     crossmae"))
     named = ("data.train=", "output_dir=", "OUTPUT_DIR=", "MODEL.WEIGHTS=")
     return [word for word in shlex.split(command) if "=" in word and not word.startswith(named)]
 

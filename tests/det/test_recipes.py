@@ -32,7 +32,6 @@ UNPUBLISHED = {"demo_mask_rcnn", "things_mask_rcnn", "laptop_mask_rcnn"}  # for 
 RECIPES = sorted(p for p in CONFIG_ROOT.glob("*.yaml") if p.stem not in UNPUBLISHED and "probe" not in p.stem)
 BASE = CONFIG_ROOT / "coco_mask_rcnn.yaml"
 TABLE = CONFIG_ROOT.parent / "docs" / "detection_recipes.md"
-ROOT = CONFIG_ROOT.parent
 COCO = 117_266  # images of COCO train2017 that have objects
 PUBLISHED_STEPS = 184_375
 
@@ -113,13 +112,13 @@ class Launch:
 @cache
 def launches(path: Path) -> tuple[Launch, ...]:
     """Every command of a header. A label ends in a colon, the command is the whole next line: it can be copied."""
-    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    (python .*)$", header(path), re.MULTILINE)
+    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    (crossmae .*)$", header(path), re.MULTILINE)
     return tuple(parse_launch(label.strip(), command) for label, command in found)
 
 
 def parse_launch(label: str, command: str) -> Launch:
-    _, script, *words = shlex.split(command)
-    assert (ROOT / script).is_file()
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("crossmae", "detect")
     arguments = build_parser().parse_intermixed_args(words)
     return Launch(label, arguments, load_det_config(arguments.config_file, [*arguments.overrides, "MODEL.DEVICE=cpu"]))
 

@@ -16,15 +16,16 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed: python to
 
 
 from crossmae.errors import UserError
+from crossmae.experiments.pipeline.stage_section import STAGES, Stages, stage_section
 from crossmae.experiments.stages import RECORDS
 from crossmae.experiments.worth.grid import ARMS
-from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table
+from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table, format_seconds
 from crossmae.reports.run_folder import RunFolder
 from det.data.coco import read_coco
 from det.evaluation.resampling import ApDifference
-from tools import report
+from tools import convert_checkpoint, export_detector, predict, report
 from tools.demo.run import PAGE, demo_stages
-from tools.report import COUNT, INPUTS, STAGES, PageInputs, PipelineRecord, Stages, main, read_arms
+from tools.report import COUNT, INPUTS, PageInputs, PipelineRecord, main, read_arms
 from tools.worth import build_parser
 
 DEMO = PageInputs.model_validate(PAGE)
@@ -74,6 +75,7 @@ def folder(tmp_path: Path) -> Path:
     done = {"title": "Title", "status": "done", "seconds": 61.0, "peak_memory_bytes": 3 * 2**30}
     stages = [
         {"name": "data", "command": "python tools/a.py", **done},
+        *({"name": name, "command": "python tools/c.py", **done} for name in ("pretrain", "start", *DETECTORS)),
         {"name": "report", "command": "python tools/b.py", **done, "status": "started", "seconds": 0.0},
     ]
     write(tmp_path / "stages.json", {"stages": stages})
@@ -98,7 +100,8 @@ def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
     for page in (html, " ".join(summary.split())):
         assert "one seed of each shows nothing about the gain from pretraining" in page
         assert "tools/worth.py" in page
-    assert "1 min 01 s" in html
+    assert "5 min 05 s" in html
+    assert "not finished" not in html
     assert "python tools/b.py" in html
     assert 'class="card missing"' not in html
     assert "report.html" in capsys.readouterr().out
@@ -214,11 +217,59 @@ def test_curves_and_tables(folder: Path):
     assert [getattr(cell, "share", 0) for cell in by_class.rows[0]] == [0, 0, 0.408, 0.5543, 0.125, 0.125]
 
 
+def test_the_next_commands_can_be_repeated(folder: Path):
+    run = RunFolder(folder)
+    (block,) = report.next_section(run, DEMO, read_arms(run, DEMO), {}).blocks
+    assert isinstance(block, Commands)
+    words = {title: shlex.split(command.replace("\\\n", "")) for title, command in block.commands}
+    tools = {"Find objects in other images": predict, "Export": export_detector}
+    for title, tool in tools.items():
+        given = tool.build_parser().parse_intermixed_args(words[title][2:])
+        assert given.weights == folder / "detect-own"
+        assert given.force
+    convert = convert_checkpoint.build_parser().parse_args(words["Convert the pretrained encoder"][2:])
+    assert convert.force
+
+
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
-    table = report.stage_section(RunFolder(folder), DEMO, Stages.read(folder / STAGES)).blocks[0]
+    table = stage_section(RunFolder(folder), Stages.read(folder / STAGES), [], {}).blocks[0]
     assert isinstance(table, Table)
-    assert [row[1] for row in table.rows] == ["1 min 01 s", "this page"]
-    assert list(table.footer) == ["all", "1 min 01 s", "3.00 GiB"]
+    assert [row[1] for row in table.rows] == [*["1 min 01 s"] * 5, "this page"]
+    assert list(table.footer) == ["all", "5 min 05 s", "3.00 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("status", "later", "told"),
+    [
+        ("stopped", 0, "the stage pretrain is stopped, the stage detect-random is not started, "),
+        ("failed", 2, "the stage detect-random is failed, the stage detect-own is not started"),
+        ("started", 3, "the stage detect-own is not finished"),
+    ],
+    ids=["in pretraining", "first detector", "second detector"],
+)
+def test_an_unfinished_run_tells_what_is_done_and_claims_nothing_else(folder: Path, status: str, later: int, told: str):
+    """What an earlier run of other settings left in the folders of later stages does not count."""
+    record = json.loads((folder / STAGES).read_text())
+    record["stages"] = record["stages"][: later + 2]
+    record["stages"][-1] |= {"status": status, "seconds": 999.0, "peak_memory_bytes": 2**40}
+    write(folder / STAGES, record)
+    main([str(folder)])
+    html, summary = (folder / "report.html").read_text(), " ".join((folder / "summary.txt").read_text().split())
+    done = ["data", "pretrain", "start", "detect-random"][: later + 1]
+    for text in (html, summary):
+        assert f"This run is not finished: {told}" in text
+        assert f"Done: {', '.join(done)}. The same command continues." in text
+    assert ("detector was trained" in html) == ("detect-random" in done)  # the first of two
+    run = RunFolder(folder)
+    stages, arms = Stages.read(folder / STAGES), read_arms(run, DEMO)
+    assert [arm.folder for arm in arms] == [name for name in done if name in DETECTORS]
+    facts = {fact.label: fact for fact in report.facts(arms, stages, stages.unfinished(DEMO.stages))}
+    assert (facts["Time"].value, facts["Time"].note) == (format_seconds(61 * len(done)), "the stages that are done")
+    assert facts["Peak memory"].value == "3.00 GiB"
+    assert ("Mask AP" in facts or "Box AP" in facts) == bool(arms)
+    table = stage_section(run, stages, [], stages.unfinished(DEMO.stages)).blocks[0]
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows][:5] == ["data", "pretrain", *(["start"] if later else []), *DETECTORS]
 
 
 def test_empty_folder_names_every_missing_file(tmp_path: Path):

@@ -55,7 +55,8 @@ def test_a_coco_file_is_split_for_training(folder: Path, capsys: pytest.CaptureF
     assert exit_code(main, *words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("train 8 images (0 without objects), 8 objects, 1 of 1 class: out/train.json, images in images")
-    assert "--train-json out/train.json --train-images images --val-json out/val.json --val-images images" in lines[-1]
+    assert lines[1].startswith("val   2 images (0 without objects), 2 objects")
+    assert len(lines) == 2  # no advice: tools/run.py calls this program, too
     assert sorted(file_names("out/train.json") + file_names("out/val.json")) == sorted(file_names("coco.json"))
     counts = {"images": 8, "empty": 0, "objects": 8, "classes": 1}
     assert read("out/split.json") == {
@@ -124,8 +125,8 @@ def test_the_commands_of_the_page_work(
     commands = [shlex.split(line, comments=True) for line in page.partition("\n\n")[0].splitlines()]
     make_every_format()
     formats = []
-    for _, script, *words in commands:
-        assert script == "tools/split_labels.py"
+    for program, name, *words in commands:
+        assert (program, name) == ("crossmae", "split")
         assert exit_code(main, *words) == 0, capsys.readouterr().err
         record = read("OUT/split.json")
         assert {"train", "val"} <= record["counts"].keys()

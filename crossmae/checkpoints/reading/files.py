@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crossmae.checkpoints.metadata import check_digest
-from crossmae.checkpoints.reading import detector_file, first_line, hub_advice
+from crossmae.checkpoints.reading import detector_file, first_line, hub_advice, pretrained_folder
 from crossmae.checkpoints.reading.candidates import split_choice
 from crossmae.checkpoints.reading.other_files import (
     failed_download,
@@ -76,6 +76,8 @@ def read_tensors(path: Path, *, ema: bool = False, trust: bool = False, choice: 
 
 def find_file(path: Path) -> Path:
     """Return the weight file or the index of shards at a path.
+
+    In a folder of tools/run.py, it is that of the pretraining.
 
     Raises UserError if the path does not exist or the folder has no weights.
     """
@@ -222,6 +224,8 @@ def _find_in_folder(folder: Path) -> Path:
         return found
     if detector := detector_file(folder):
         return detector
+    if (pretrained := pretrained_folder(folder)) != folder:
+        return _find_in_folder(pretrained)
     checkpoint = latest_checkpoint(folder.parent if folder.name == FOLDER else folder)
     if checkpoint:
         return checkpoint / MODEL

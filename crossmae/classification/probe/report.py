@@ -12,7 +12,7 @@ TITLES = {"knn": "Nearest neighbours", "linear": "Linear probe", "logistic": "Lo
           "few_shot": "Few images per class"}  # fmt: skip
 LINEAR_NOTE = (
     "LARS as published, on the features of one central view of every image. The published protocol draws new random "
-    "crops in every epoch, which gives other, usually higher numbers: tools/finetune.py with the recipe "
+    "crops in every epoch, which gives other, usually higher numbers: crossmae finetune with the recipe "
     "finetune/linear_probe_vitb does that."
 )
 REACH = (

@@ -105,11 +105,14 @@ def write_list(source: Source, without: Iterable[str], most: int | None, path: P
 def open_files(images: Path, key: str) -> Source:
     """Open images that are files.
 
-    Raises UserError for shards and data sets, whose images labels cannot name.
+    Raises UserError for shards and data sets, whose images no list of files can name.
     """
     source = open_source(images, key)
     if not Path(source.name(0)).is_file():
-        raise UserError(f"{key}: {images}: labels need images in a folder or a list. Unpack the images.")
+        raise UserError(
+            f"{key}: {images}: has no image files, which this command needs. Unpack the images, or pretrain on "
+            "the shards with tools/pretrain.py, and start the detector from there."
+        )
     return source
 
 

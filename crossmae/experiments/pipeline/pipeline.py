@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from crossmae import __version__
+from crossmae.checkpoints.reading import PIPELINE_DETECTOR, PIPELINE_RECORD
 from crossmae.data.sources.source import Source, evenly_spaced
 from crossmae.errors import UserError, counted
-from crossmae.experiments.commands import describe_machine
+from crossmae.experiments.commands import busy_share, describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
     describe_crops,
@@ -29,6 +30,7 @@ from crossmae.experiments.pipeline.inputs import (
 )
 from crossmae.experiments.pipeline.plan import (
     FEWEST_DETECT_EPOCHS,
+    PAGE_SECONDS,
     PRETRAIN_SHARE,
     TimePlan,
     Timing,
@@ -37,10 +39,12 @@ from crossmae.experiments.pipeline.plan import (
     is_too_short,
     make_plan,
     planned_stages,
+    refuse_short_budget,
 )
 from crossmae.experiments.pipeline.trainings import (
     LAPTOP,
     ONE_GPU,
+    START_SECONDS,
     LabelledSplit,
     Recipe,
     Trainings,
@@ -51,14 +55,16 @@ from crossmae.experiments.pipeline.trainings import (
     time_detection,
     time_pretraining,
 )
+from crossmae.experiments.pipeline.typed import DIGEST_OF, describe_changes
 from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
 from crossmae.training.config import resolve_config_path
 
-RECORD, PAGE = "pipeline.json", "report.html"
+RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
-OWN, RANDOM = "detect-own", "detect-random"  # stages
+MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
+OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
 FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
 STARTS = {RANDOM: "random weights", OWN: "own pretraining"}  # what the detectors start from
@@ -154,18 +160,16 @@ def check_request(request: Request, *, fresh: bool = False) -> None:
     path, ours = request.output / RECORD, _REQUEST.dump_python(request, mode="json") | {"version": __version__}
     for key in ("labels", "weights"):
         if (file := getattr(request, key)) and file.is_file():
-            ours[f"digest of {key}"] = sha256(file)
+            ours[f"{DIGEST_OF}{key}"] = sha256(file)
     known = read_json(path).get("request") if path.is_file() and not fresh else None
     if known is None or (known != ours and not has_training(request.output)):
         write_json(path, {"request": ours})
         return
-    for key in sorted(ours, key=lambda key: "digest" in key):  # the name of another file explains another digest
-        if known.get(key) != ours[key]:
-            shown = "" if "digest" in key else f": {known.get(key)}"
-            raise UserError(
-                f"--output: {request.output} holds a run with another {key.replace('_', ' ')}{shown}. Repeat the "
-                "command of that run, name another folder, or add --fresh."
-            )
+    if changes := describe_changes(known, ours):
+        raise UserError(
+            f"--output: {request.output} holds a run with {changes}. Repeat the command of that run, name another "
+            "folder, or add --fresh."
+        )
 
 
 def has_training(output: Path) -> bool:
@@ -181,14 +185,15 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         started: time of `time.monotonic` at the start of the command.
     """
     output = request.output
+    decided = read_json(output / RECORD).get("decision")
+    look = None if decided else look_around(request)  # first: the split would complain about the wrong folder
     if request.labels is not None:
         yield split_stage(request)
-    record = read_json(output / RECORD)
-    if "decision" in record:
-        decision = _DECISION.validate_python(record["decision"])
-    else:
-        decision = decide(request, started)
+    if look:
+        decision = decide(request, look, started)
         keep(request, decision)
+    else:
+        decision = _DECISION.validate_python(decided)
     print_plan(decision)
     if dry_run:
         return
@@ -221,25 +226,58 @@ def keep(request: Request, decision: Decision) -> None:
     write_json(path, read_json(path) | {"decision": decided, "page": page})
 
 
-def decide(request: Request, started: float) -> Decision:
-    """Look at the inputs, measure this machine, and plan.
+@dataclass(frozen=True)
+class Look:
+    """Images and machine before anything was written.
 
-    Args:
-        started: time of `time.monotonic` at the start of the command.
+    Attributes:
+        facts: images and machine in words, by heading.
     """
+
+    source: Source
+    images: ImageFacts
+    recipe: Recipe
+    facts: dict[str, str]
+
+
+def look_around(request: Request) -> Look:
+    """Look at images and machine, and describe them.
+
+    Raises UserError if no image can be read, or if no machine could keep the budget.
+    """
+    pretraining = 2 * START_SECONDS  # to measure it, and to run it
+    refuse_short_budget(request.budget, PAGE_SECONDS + pretraining + detector_starts(request), at_least=True)
     source = open_files(request.images, "IMAGES")
     images = look_at_images(source, "IMAGES")
     recipe, machine = choose_recipe()
     facts = {"Images": images.describe(), "Machine": machine}
-    trainings, count = prepare_inputs(request, recipe, source, images)
     for key, text in facts.items():
         print(f"{key.lower()}: {text}", flush=True)
+    if (busy := busy_share()) > MOST_BUSY:
+        print(
+            f"machine: other programs use {busy:.0%} of its cores. Measured times will be longer than on an idle "
+            "machine, and the plan shorter. Stop these programs for more training in the same time.",
+            flush=True,
+        )
+    return Look(source, images, recipe, facts)
+
+
+def decide(request: Request, look: Look, started: float) -> Decision:
+    """Read the split, measure this machine, and plan.
+
+    Args:
+        started: time of `time.monotonic` at the start of the command.
+    """
+    recipe, facts = look.recipe, dict(look.facts)
+    trainings, count = prepare_inputs(request, recipe, look.source, look.images)
     if trainings.train and trainings.val:
         facts |= describe_labels(request, trainings)
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
-    size = request.size or choose_size(recipe, images.long_side[1])
+    known = time.monotonic() - started + PAGE_SECONDS + pretrain[1].overhead
+    refuse_short_budget(request.budget, known + detector_starts(request), at_least=True)
+    size = request.size or choose_size(recipe, look.images.long_side[1])
 
     def plan_for(size: int) -> tuple[TimePlan, Timing | None]:
         if trainings.train:
@@ -263,6 +301,14 @@ def decide(request: Request, started: float) -> Decision:
     if plan.pretrain and plan.pretrain.images < count:
         write_list(open_files(trainings.pretrain_list, "IMAGES"), (), plan.pretrain.images, trainings.pretrain_list)
     return Decision(plan, trainings, batch, size, timing, facts)
+
+
+def detector_starts(request: Request) -> float:
+    """Return the seconds in which detectors start.
+
+    They start once to be measured, and then each to be trained.
+    """
+    return START_SECONDS * (1 + len(request.detectors)) if request.detectors else 0.0
 
 
 def choose_recipe() -> tuple[Recipe, str]:
@@ -339,10 +385,12 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     assert trainings.val is not None
     about = read_json(request.output / "data" / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
+    empty = about["counts"]["train"]["empty"]
+    left_out = f" ({empty:,} without objects, which the detector leaves out)" if empty else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training, {trainings.val.count:,} for validation",
+        f"for training{left_out}, {trainings.val.count:,} for validation",
     }
     if trainings.objects:
         numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}

@@ -90,6 +90,23 @@ def parse_duration(text: str, key: str) -> float:
     return seconds
 
 
+def refuse_short_budget(budget: float, fixed: float, *, at_least: bool = False) -> None:
+    """Raise UserError if too little of a budget is left for training.
+
+    The message names a budget that suffices.
+
+    Args:
+        fixed: seconds of everything that is not a step of a training.
+        at_least: not everything was measured yet, so it may be more.
+    """
+    if budget - fixed < LEAST_TRAINING * budget:
+        enough = math.ceil(fixed / (1 - LEAST_TRAINING) / 60)
+        raise UserError(
+            f"--budget: {format_seconds(budget)} is too short: start, evaluations and pages take "
+            f"{'at least ' if at_least else ''}{format_seconds(fixed)} of it. Give {enough}m or more."
+        )
+
+
 def pretrain_length(seconds: float, images: int, timing: Timing) -> Length:
     """Choose whole epochs that fit into `seconds` of steps, at least one.
 
@@ -135,13 +152,8 @@ def make_plan(
     fixed = spent + PAGE_SECONDS
     fixed += pretrain[1].overhead if pretrain else 0.0
     fixed += detectors * detect[1].overhead if detect else 0.0
+    refuse_short_budget(budget, fixed)
     left = budget - fixed
-    if left < LEAST_TRAINING * budget:
-        enough = math.ceil(fixed / (1 - LEAST_TRAINING) / 60)
-        raise UserError(
-            f"--budget: {format_seconds(budget)} is too short: start, evaluations and pages take "
-            f"{format_seconds(fixed)} of it. Give {enough}m or more."
-        )
     share = pretrain_share / 100 if detect else 1.0
     first = pretrain_length(share * left, *pretrain) if pretrain else None
     used = first.seconds - pretrain[1].overhead if first and pretrain else 0.0

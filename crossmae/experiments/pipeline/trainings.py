@@ -12,13 +12,14 @@ from crossmae.data.annotations.split import id_key, select
 from crossmae.errors import UserError, named_by
 from crossmae.experiments.cells import Cell, Step, run_cells
 from crossmae.experiments.pipeline.plan import Length, Timing
-from crossmae.experiments.worth.grid import TIMED_FINE_TUNING, TIMED_PRETRAINING, timing_reader
+from crossmae.experiments.worth.grid import TIMED_PRETRAINING, timing_reader
 from crossmae.experiments.worth.plan import RESULTS, seconds_of_kind
 from crossmae.files import read_json, write_json
 from crossmae.pretraining.config import PretrainConfig, load_config
 
 START_SECONDS = 10.0  # of a training program, about, on an idle core
-MOST_TIMED_IMAGES = 64  # validation images of a short run
+TIMED_DETECTION = 12  # steps of a short run
+MOST_TIMED_IMAGES = 32  # validation images of a short run
 EVALUATIONS = 4  # during pretraining
 CONTINUED_LR = "optim.lr=1.5e-4"  # of pretrain/continue.yaml: a higher rate forgets more of the weights
 # Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
@@ -98,15 +99,21 @@ class Trainings:
     pretrain_settings: tuple[str, ...] = ()
     detect_settings: tuple[str, ...] = ()
 
-    def pretrain_words(self, length: Length, images_per_step: int, run: Path) -> tuple[str, ...]:
-        """Write the arguments of tools/pretrain.py."""
+    def pretrain_words(
+        self, length: Length, images_per_step: int, run: Path, evaluations: int = EVALUATIONS
+    ) -> tuple[str, ...]:
+        """Write the arguments of tools/pretrain.py.
+
+        Args:
+            evaluations: number of evaluations after the one at the start.
+        """
         epochs = round(length.epochs)
-        every = max(1, math.ceil(epochs / EVALUATIONS))
+        every = max(1, math.ceil(epochs / evaluations))
         words = [
             *self._start_words(images_per_step),
             f"schedule.epochs={epochs}",
             f"schedule.warmup_epochs={round(epochs / 20, 3):g}",
-            f"log.pictures_every_steps={max(1, length.steps // EVALUATIONS)}",
+            f"log.pictures_every_steps={max(1, length.steps // evaluations)}",
             f"checkpoint.every_epochs={max(1, math.ceil(epochs / 10))}",
         ]
         if self.val_list:
@@ -215,12 +222,17 @@ def smaller_size(recipe: Recipe, size: int, epochs: float, wanted: float) -> int
 
 
 def time_pretraining(trainings: Trainings, batch: int, images: int) -> Timing:
-    """Measure some steps of pretraining, with its start and evaluations."""
+    """Measure some steps of pretraining, with its start and two evaluations.
+
+    The overhead is that of a run with all its evaluations.
+    """
     run = trainings.output / "timing" / "pretrain"
     epochs = math.ceil(TIMED_PRETRAINING / max(1, images // batch))
-    words = trainings.pretrain_words(Length(images, epochs, TIMED_PRETRAINING, 0.0), batch, run)
+    words = trainings.pretrain_words(Length(images, epochs, TIMED_PRETRAINING, 0.0), batch, run, evaluations=1)
     words = (*words, f"schedule.max_steps={TIMED_PRETRAINING}", "log.every_steps=1")
-    return _time("pretrain", ("tools/pretrain.py", *words), run, run / "model.safetensors", batch)
+    timing = _time("pretrain", ("tools/pretrain.py", *words), run, run / "model.safetensors", batch)
+    evaluation = max(timing.overhead - START_SECONDS, 0.0) / 2
+    return replace(timing, overhead=timing.overhead + (EVALUATIONS - 1) * evaluation)
 
 
 def time_detection(trainings: Trainings, size: int) -> Timing:
@@ -230,10 +242,10 @@ def time_detection(trainings: Trainings, size: int) -> Timing:
     run = trainings.output / "timing" / name
     val = _few_images(trainings.val, trainings.output / "timing" / "val.json")
     short = replace(trainings, val=val)
-    words = ("tools/train_net.py", *short.detect_words(TIMED_FINE_TUNING, size, None, run))
+    words = ("tools/train_net.py", *short.detect_words(TIMED_DETECTION, size, None, run))
     timing = _time(name, words, run, run / "results.json", trainings.detect_batch)
     per_image = max(timing.overhead - START_SECONDS, 0.0) / val.count
-    return Timing(timing.overhead + per_image * (trainings.val.count - val.count), timing.step, timing.images)
+    return replace(timing, overhead=timing.overhead + per_image * (trainings.val.count - val.count))
 
 
 def _few_images(val: LabelledSplit, path: Path) -> LabelledSplit:

@@ -215,9 +215,10 @@ def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder: P
 def test_the_commands_are_ones_that_the_tools_take(folder: Path) -> None:
     (block,) = blocks_of(folder, Commands)
     classes, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
-    assert predict_classes.build_parser().parse_intermixed_args(classes[2:]).weights == folder
-    assert evaluate[4:6] == ["--eval-only", str(folder)]
-    config = load_typed_config(FinetuneConfig, evaluate[3], evaluate[6:])
+    given = predict_classes.build_parser().parse_intermixed_args(classes[2:])
+    assert (given.weights, given.force) == (folder, True)  # so the command also works the second time
+    assert evaluate[4:7] == ["--eval-only", str(folder), "--force"]
+    config = load_typed_config(FinetuneConfig, evaluate[3], evaluate[7:])
     assert config.data.val == "/far/away/val"
     assert config.output_dir == folder / "again"  # the results of the run stay
 

@@ -132,7 +132,9 @@ def test_a_death_between_two_batches_is_explained_with_the_last_checkpoint(check
             if is_in_a_step:
                 time.sleep(5)
             list(batches)
-        expected = f"Continue from {checkpoint} with --resume." if checkpoint else "There is no checkpoint yet."
+        expected = "There is no checkpoint yet."
+        if checkpoint:
+            expected = f"Repeat the command with --resume to continue from {checkpoint}."
         assert str(caught.value).endswith(f"--shm-size=8g). {expected}")
         assert str(caught.value).count("Lower data.workers") == 1
 

@@ -18,6 +18,7 @@ from crossmae.experiments.commands import (
     Cost,
     EnergyMeter,
     RunningCommand,
+    busy_share,
     describe_machine,
     find_gpus,
     run_command,
@@ -33,6 +34,21 @@ def test_peak_memory_counts_descendants():
     code, peak = run_command([sys.executable, "-S", "-c", parent])
     assert code == 0
     assert 2 * 96 << 20 <= peak < 4 * 96 << 20
+
+
+def test_the_busy_share_counts_the_cores_of_this_process_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: [100.0, 20.0, 60.0, 100.0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
+    assert busy_share() == pytest.approx(0.4)
+
+
+def test_a_program_that_computes_makes_its_core_busy():
+    spin = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    try:
+        assert busy_share(0.5) > 0.5 / commands.count_cores()
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 def finish(command: RunningCommand) -> int:
@@ -150,3 +166,60 @@ def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_gpus() == {}
+
+
+# A command that saves when a signal asks it to stop, as the trainers do. It tells when it is ready, and what it did.
+SAVING = """
+import signal, sys, time
+def stop(number, _):
+    time.sleep(0.3)
+    open(sys.argv[1], "w").write(f"saved after {number}")
+    raise SystemExit(128 + number)
+for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+    signal.signal(getattr(signal, name), stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+IGNORING = "import time; print('ready', flush=True); time.sleep(60)"
+RUN = "import sys; from crossmae.experiments.commands import run_command; print(run_command(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, SAVING), (signal.SIGTERM, IGNORING), (signal.SIGHUP, SAVING), (signal.SIGUSR1, SAVING)],
+    ids=["SIGTERM-saves", "SIGTERM-dies", "SIGHUP", "SIGUSR1"],
+)
+def test_a_signal_to_the_parent_ends_the_command_and_then_the_parent(
+    tmp_path: Path, number: signal.Signals, code: str
+) -> None:
+    """The exit code is that of a trainer: 128 + the number of the signal."""
+    saved, words = tmp_path / "saved", [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, *words, str(saved)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        (child,) = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert not psutil.pid_exists(child.pid)  # the parent has waited for it
+        assert process.stdout.read() == ""
+    assert saved.exists() == (code == SAVING)
+    if code == SAVING:
+        assert saved.read_text() == f"saved after {int(number)}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_command_in_the_terminal_ends_with_its_killed_parent() -> None:
+    words = [sys.executable, "-c", RUN, sys.executable, "-S", "-c", IGNORING]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read() == ""  # the command held the other end of the pipe
+
+
+def test_a_command_leaves_the_handlers_of_signals_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in commands.PASSED_ON]
+    assert run_command([sys.executable, "-S", "-c", "raise SystemExit(7)"])[0] == 7
+    assert [signal.getsignal(number) for number in commands.PASSED_ON] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_interrupted_stage_is_not_taken_for_done(three: list[Stage], tmp_path: P
     (tmp_path / "demo" / RECORDS).write_text(json.dumps({"stages": content}))
     run_stages(three, tmp_path / "demo")
     assert journal(tmp_path) == "c"
+
+
+def test_a_stage_that_sigterm_ends_is_recorded_and_continues(three: list[Stage], tmp_path: Path):
+    """The signal reaches only the program of the stages, as `kill PID` does."""
+    asks = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    good, three[1] = three[1], replace(scripted(tmp_path, "bad", asks, three[1].outputs), name="b")
+    with pytest.raises(SystemExit) as ended:
+        run_stages(three, tmp_path / "demo")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [r["status"] for r in records(tmp_path)] == ["done", "stopped"]
+    assert journal(tmp_path) == "a"
+    three[1] = good
+    run_stages(three, tmp_path / "demo")
+    assert journal(tmp_path) == "bc"
 
 
 def test_old_outputs_are_gone_before_a_stage_runs(tmp_path: Path):

@@ -82,15 +82,15 @@ def header(path: Path) -> str:
 
 def launches(path: Path) -> list[Launch]:
     """Every command of a header. A label ends in a colon, the command is the whole next line: it can be copied."""
-    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    ((?:python|torchrun) .*)$", header(path), re.MULTILINE)
+    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    ((?:crossmae|torchrun) .*)$", header(path), re.MULTILINE)
     return [parse_launch(label.strip(), command) for label, command in found]
 
 
 def parse_launch(label: str, command: str) -> Launch:
-    launcher, script, arguments = command.partition("tools/pretrain.py ")
+    launcher, script, arguments = command.partition("crossmae pretrain ")
     assert script, f"{label}: {command}"
-    program, *options = shlex.split(launcher)
-    assert program == "torchrun" or not options, f"{label}: python takes no options here"
+    options = shlex.split(launcher)
+    assert not options or (options[0], options[-1]) == ("torchrun", "--no-python"), f"{label}: {command}"
     counts = {option: int(value) for option, value in pairwise(options) if value.isdigit()}
     flag, name, *words = shlex.split(arguments)
     assert flag == "--config-file"

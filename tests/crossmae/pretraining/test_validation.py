@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,14 +17,14 @@ from crossmae.data.sources import open_source
 from crossmae.errors import UserError
 from crossmae.pretraining import train as train_module
 from crossmae.pretraining.train import pretrain
-from crossmae.pretraining.validation import Health, load_views
+from crossmae.pretraining.validation import LEAST_STEPS, Health, load_views
 from tests.crossmae.pretraining.runs import build, judged, log_lines, make_config
 
 BAND = ((0.2, 0.6, 0.8), (1.0, 0.3, 0.5))
 
 
 def test_above_the_band_is_told_once_until_it_is_over() -> None:
-    health = Health(BAND, "the demo's data", normalised=True, warmup=0.1)
+    health = Health(BAND, "the demo's data", normalised=True, warmup=0.1, steps=1000)
     assert health.warnings(0.1, 1.5, 1.5) == []  # before the first row nothing is expected
     (text,) = health.warnings(0.2, 0.81, 1.5)
     assert "0.810 at 20% of the schedule, is above the band 0.600 to 0.800" in text
@@ -35,7 +36,7 @@ def test_above_the_band_is_told_once_until_it_is_over() -> None:
 
 
 def test_limits_are_interpolated_between_rows() -> None:
-    health = Health(BAND, "", normalised=True, warmup=0.0)
+    health = Health(BAND, "", normalised=True, warmup=0.0, steps=1000)
     assert health.limits(0.1) is None
     for share, low, high in ((0.2, 0.6, 0.8), (0.6, 0.45, 0.65), (1.0, 0.3, 0.5)):
         found = health.limits(share)
@@ -44,17 +45,31 @@ def test_limits_are_interpolated_between_rows() -> None:
 
 
 def test_a_loss_that_does_not_move_is_told_after_the_warm_up() -> None:
-    normalised = Health((), "", normalised=True, warmup=0.1)
+    normalised = Health((), "", normalised=True, warmup=0.1, steps=1000)
     assert normalised.warnings(0.01, 1.8, 1.8) == []
     assert normalised.warnings(0.15, 1.0, 1.8) == []  # still warming up
     (text,) = normalised.warnings(0.25, 0.99, 1.8)  # fell from 1.8, but predicts no more than the mean
     assert "did not move" in text
     assert normalised.warnings(0.3, 0.99, 1.8) == []
     assert normalised.warnings(0.4, 0.9, 1.8) == []
-    pixels = Health((), "", normalised=False, warmup=0.0)
+    pixels = Health((), "", normalised=False, warmup=0.0, steps=1000)
     assert pixels.warnings(0.01, 0.2, 0.2) == []
     assert len(pixels.warnings(0.1, 0.199, 0.2)) == 1
     assert pixels.warnings(0.2, 0.15, 0.2) == []
+
+
+@pytest.mark.parametrize("warmup", [0, 30, 300])
+@pytest.mark.parametrize("steps", [1, 12, 100, 129, 400, 10_000])
+def test_a_loss_that_stays_is_told_only_after_enough_steps_at_the_full_rate(steps: int, warmup: int) -> None:
+    """A loss that never moves, in every step of runs of different lengths: at most one warning, and never too early."""
+    warmup = min(warmup, steps)
+    health = Health(((0.0, 0.6, 0.8),), "", normalised=True, warmup=warmup / steps, steps=steps)
+    told = {step: health.warnings(step / steps, 1.2, 1.3) for step in range(1, steps + 1)}
+    stuck = [step for step, texts in told.items() if any("did not move" in text for text in texts)]
+    above = [step for step, texts in told.items() if any("above the band" in text for text in texts)]
+    first = max(warmup + LEAST_STEPS, 2 * warmup, steps / 10)
+    assert stuck == ([math.ceil(first)] if first <= steps else [])
+    assert above == ([LEAST_STEPS] if steps >= LEAST_STEPS else [])
 
 
 def test_validation_and_probe_start_before_training_and_are_the_same_in_every_run(

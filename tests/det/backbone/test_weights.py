@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 from crossmae import CrossMAE
 from crossmae.checkpoints import convert
 from crossmae.checkpoints.provenance import inherited
+from crossmae.checkpoints.reading.files import find_file
 from crossmae.checkpoints.weights import read_weights
 from crossmae.errors import UserError
-from det.backbone.weights import build_detector, find_detector, load_weights
+from det.backbone.weights import build_detector, check_detector, find_detector, load_weights, open_weights
+from det.inference.arguments import read_config
 from det.training.checkpoint import write_detector
+from tools import evaluate
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -102,6 +105,57 @@ def test_the_folder_of_a_run_means_its_best_then_its_last_weights(tmp_path):
     assert find_detector(tmp_path) == tmp_path / "model_best.pth"
     (tmp_path / "model_best.safetensors").touch()
     assert find_detector(tmp_path) == tmp_path / "model_best.safetensors"
+
+
+def write_pipeline(folder, *names):
+    """Write the folder of tools/run.py after some stages, with a tiny encoder and empty detectors."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "pipeline.json").write_text("{}")
+    for name in names:
+        (folder / name).mkdir()
+        if name == "pretrain":
+            write(folder / name / "model.safetensors", random_model().state_dict())
+        else:
+            (folder / name / "model_best.safetensors").touch()
+
+
+def test_a_folder_of_the_pipeline_means_its_detector_or_its_pretraining(tmp_path):
+    run = tmp_path / "run"
+    write_pipeline(run, "pretrain", "detect-own")
+    assert find_detector(run) == run / "detect-own/model_best.safetensors"
+    weights = open_weights(str(run), detector_only=False)  # for training
+    assert weights.path == run / "pretrain/model.safetensors"
+    assert find_file(run) == run / "pretrain/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), r"run: a folder of tools/run\.py without a detector yet, with data\. Repeat its command, which continues"),
+        (("pretrain",), r"without a detector yet, with data and pretrain\. Repeat"),
+        (("pretrain", "detect-random"), r"run: a folder of tools/run\.py --compare, with detect-random\. Name one"),
+        (("detect-own", "detect-random"), r"with detect-own and detect-random\. Name one, such as .*run/detect-own\."),
+    ],
+    ids=["nothing", "pretrained", "first of two", "two"],
+)
+def test_a_pipeline_without_exactly_one_detector_tells_what_is_there(tmp_path, names, message):
+    write_pipeline(tmp_path / "run", *names)
+    for call in (find_detector, check_detector):
+        with pytest.raises(UserError, match=message):
+            call(tmp_path / "run")
+    with pytest.raises(UserError, match=f"^--weights: .*{message}"):
+        read_config(None, tmp_path / "run", key="--weights")
+    with pytest.raises(UserError, match=f"^RUN: .*{message}"):
+        evaluate.main([str(tmp_path / "run"), "labels.json", "--images", "images"])
+
+
+def test_a_pipeline_without_weights_tells_what_is_there(tmp_path):
+    write_pipeline(tmp_path / "run", "detect-own")
+    message = r"without pretrained weights yet, with data and detect-own\. Repeat its command, which continues"
+    with pytest.raises(UserError, match=message):
+        find_file(tmp_path / "run")
+    with pytest.raises(UserError, match=f"MODEL.WEIGHTS: .*{message}"):
+        open_weights(str(tmp_path / "run"), detector_only=False)
 
 
 def test_a_detector_that_can_not_be_built_names_the_section(cfg):

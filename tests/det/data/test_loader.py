@@ -31,6 +31,7 @@ from det.data.loader import (
     check_objects_left,
     keyed_numpy_randomness,
     refuse_unreadable,
+    training_records,
     training_samples,
 )
 from tests.det.batches import train_batches
@@ -477,6 +478,23 @@ def test_ground_truth_is_pinned_and_nothing_else_changes(cfg, tmp_path, monkeypa
         assert type(truth.gt_masks) is type(moved.gt_masks)
     assert len(pinned) == (6 if form == "bitmask" else 4)
     assert SampleBatch([Unreadable("lost"), {}]).pin_memory() == [Unreadable("lost"), {}]
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_records_are_those_of_detectron2_and_the_images_left_out_are_counted(cfg, tmp_path, is_filtered):
+    """Of five images, one has no annotation, and one only a crowd region."""
+    path, images, _ = write_coco(tmp_path / "data", images=5)
+    content = json.loads(path.read_text())
+    first, second, *_ = (image["id"] for image in content["images"])
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != first]
+    for one in content["annotations"]:
+        one["iscrowd"] = int(one["image_id"] == second)
+    path.write_text(json.dumps(content))
+    use_own_data(cfg, (str(path), str(images)), None)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = is_filtered
+    expected = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, is_filtered)
+    assert training_records(cfg) == (expected, 5)
+    assert len(expected) == (3 if is_filtered else 5)
 
 
 @pytest.mark.gpu

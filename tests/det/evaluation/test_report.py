@@ -15,7 +15,7 @@ from crossmae.reports.run_folder import LoggedNumbers
 from crossmae.training.config import read_yaml
 from det.config import load_det_config
 from det.evaluation.report import build_report, changed_from_defaults, loss_plots, write_report
-from det.evaluation.run_files import DetectionResults, read_training_log
+from det.evaluation.run_files import DetectionResults, describe_images, read_training_log
 from tests.crossmae.reports.pages import blocks_in, cells, draw_no_plots
 from tests.det.coco_files import TINY
 from tools import predict, train_net
@@ -95,7 +95,8 @@ def test_the_page_has_the_numbers_of_the_files(folder):
     assert ["AR100: recall of the best 100 in an image", "77.7", "77.7"] in cells(others)
     assert cells(classes) == [["dog", "11", "56.8", "56.8"], ["cat", "10", "12.3", "12.3"], ["<b>rat", "12", "-", "-"]]
     assert ["MODEL.VIT.EMBED_DIM", "24", "768"] in cells(settings)
-    assert cells(data)[0] == ["own_coco_train", "away/train.json", "pics/train", "0123456789abcdef"]
+    assert "own_coco" not in html
+    assert cells(data)[0] == ["training", "away/train.json", "pics/train", "0123456789abcdef"]
     assert "<b>rat" not in html
     assert "/far/" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)  # whole paths are in commands only
     assert all(text in html for text in ("Detector: my run", "9.8.7", "2 blocks, width 24, patches of 8 pixels"))
@@ -158,10 +159,23 @@ def test_a_run_that_was_cut_off_tells_how_far_it_came_and_how_to_go_on(folder):
     assert (given.train_json, given.val_images) == ("/far/away/train.json", "/far/pics/val")
 
 
+def test_images_without_objects_are_counted(folder):
+    record = json.loads((folder / "run.json").read_text())
+    for listed, shown in ((4331, ("4,321 of 4,331", "10 without objects are left out, 3 classes")),
+                          (4322, ("4,321 of 4,322", "1 without objects is left out, 3 classes")),
+                          (4321, ("4,321", "3 classes"))):  # fmt: skip
+        (folder / "run.json").write_text(json.dumps(record | {"listed_images": listed}))
+        (fact,) = (fact for fact in build_report(folder).facts if fact.label == "Training images")
+        assert (fact.value, fact.note) == shown
+    assert describe_images(79, 89) == "79 of 89 images (10 without objects are left out)"
+    assert describe_images(1, 1) == "1 image"
+
+
 def test_the_commands_are_ones_that_the_tools_take(folder):
     (block,) = blocks_of(folder, Commands)
     find, evaluate = (shlex.split(command.replace("\\\n", "")) for _, command in block.commands)
-    assert predict.build_parser().parse_intermixed_args(find[2:]).weights == folder / "model_best.safetensors"
+    found = predict.build_parser().parse_intermixed_args(find[2:])
+    assert (found.weights, found.force) == (folder / "model_best.safetensors", True)  # so it also works again
     given = train_net.build_parser().parse_intermixed_args(evaluate[2:])
     cfg = load_det_config(given.config_file, given.overrides)
     assert given.eval_only

@@ -187,6 +187,47 @@ def test_labels_move_out_of_each_others_way():
         assert (together == own).all(-1).sum() >= alone - 25  # the boxes, 5 x 5 pixels, lie upon each other
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("names", [["cell"], ["cell", "a long name"]], ids=["one class", "two classes"])
+def test_labels_leave_small_objects_visible(names: list[str], seed: int):
+    """Sixty small objects: most of each stays visible, and labels are still drawn."""
+    rng = np.random.default_rng(seed)
+    sides = rng.uniform(4, 12, 60)
+    corners = rng.uniform(0, 1, (60, 2)) * (np.array([320, 240]) - sides[:, None])
+    entries = [
+        {"category_id": 3 + 4 * (i % len(names)), "bbox": [*corner, side, side], "score": 0.9}
+        for i, (corner, side) in enumerate(zip(corners.tolist(), sides.tolist(), strict=True))
+    ]
+    objects = instances_from_coco(entries, dict(zip((3, 7), names, strict=False)))
+    blank = np.zeros((240, 320, 3), np.uint8)
+    boxes = draw_instances(blank, [replace(one, name="", score=None) for one in objects], 640)
+    drawn = draw_instances(blank, objects, 640)
+    changed = (drawn != boxes).any(-1)
+    for one in objects:
+        left, top, width, height = (2 * value for value in one.box)
+        inside = changed[round(top) : round(top + height) + 1, round(left) : round(left + width) + 1]
+        assert inside.mean() < 0.45  # two or three labels may touch it
+    assert changed.sum() > 10 * 300  # more than ten labels
+
+
+def test_a_label_is_outside_of_its_box_where_there_is_room():
+    blank = np.zeros((200, 300, 3), np.uint8)
+    for top, side in ((100.0, "above"), (0.0, "below")):
+        color = class_color(0)
+        tag = (draw_instances(blank, [DrawnInstance((100.0, top, 60.0, 60.0), 0, "x", score=0.9)]) == color).all(-1)
+        bare = (draw_instances(blank, [DrawnInstance((100.0, top, 60.0, 60.0), 0, "")]) == color).all(-1)
+        rows = np.flatnonzero((tag & ~bare).any(1))
+        assert rows.max() <= top if side == "above" else rows.min() >= top + 60
+
+
+def test_the_name_of_an_only_class_is_not_written():
+    entries = [{"category_id": 3, "bbox": BOX, "score": 0.5}, {"category_id": 3, "bbox": BOX}]
+    scored, true = instances_from_coco(entries, {3: "cat"})
+    assert (scored.name, true.name) == ("", "")
+    assert not np.array_equal(draw_instances(photo(), [scored]), draw_instances(photo(), [true]))  # the score is
+    assert [one.name for one in instances_from_coco(entries, NAMES)] == ["cat", "cat"]
+
+
 def label_of(name: str) -> np.ndarray:
     """What is drawn above a box at (10, 60)."""
     return draw_instances(

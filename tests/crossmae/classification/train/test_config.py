@@ -56,11 +56,13 @@ def header(path: Path) -> str:
 
 def launches(path: Path) -> dict[str, tuple[int, FinetuneConfig]]:
     """Processes and config of every training command, by its label."""
-    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    ((?:python|torchrun) .*)$", header(path), re.MULTILINE)
+    found = re.findall(r"^  ([^:(,\n]+)[^:\n]*:\n    ((?:crossmae|torchrun) .*)$", header(path), re.MULTILINE)
     parsed = {}
     for label, command in found:
-        launcher, _, arguments = command.partition("tools/finetune.py ")
-        options = dict(pairwise(shlex.split(launcher)))
+        launcher, _, arguments = command.partition("crossmae finetune ")
+        starter = shlex.split(launcher)
+        assert not starter or (starter[0], starter[-1]) == ("torchrun", "--no-python"), command
+        options = dict(pairwise(starter))
         flag, name, *words = shlex.split(arguments)
         assert (flag, resolve_config_path(name)) == ("--config-file", path)
         config = load_typed_config(FinetuneConfig, name, words)
@@ -81,7 +83,7 @@ def test_the_recipes_are_all_there() -> None:
 class TestEveryRecipe:
     def test_its_commands_for_afterwards_are_accepted(self, path: Path) -> None:
         """Evaluation alone needs neither weights to start from nor images to train on."""
-        for words in re.findall(r"^    python tools/finetune\.py (.* --eval-only .*)$", header(path), re.MULTILINE):
+        for words in re.findall(r"^    crossmae finetune (.* --eval-only .*)$", header(path), re.MULTILINE):
             flag, name, *rest = shlex.split(words)
             config = load_typed_config(FinetuneConfig, name, [word for word in rest if "=" in word])
             assert (flag, config.data.val, config.model.init) == ("--config-file", "HELD_OUT", None)

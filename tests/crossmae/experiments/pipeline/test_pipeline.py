@@ -38,6 +38,7 @@ def request_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
         annotation = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": box, "segmentation": [corners]}
         content["annotations"].append(annotation | {"area": 192, "iscrowd": 0})
     (tmp_path / "labels.json").write_text(json.dumps(content))
+    monkeypatch.setattr(pipeline, "busy_share", lambda: 0.0)
     monkeypatch.setattr(pipeline, "time_pretraining", lambda *_: Timing(10.0, 0.5, 8))
     monkeypatch.setattr(pipeline, "time_detection", lambda _, size: Timing(10.0, size / 256, 8))
     return Request(tmp_path / "images", tmp_path / "labels.json", tmp_path / "out", 900.0)
@@ -121,8 +122,19 @@ def test_a_dry_run_stops_after_the_plan_and_the_real_run_uses_it(
     assert plan.splitlines()[:5] == capsys.readouterr().out.partition("plan:\n")[2].splitlines()[:5]
 
 
-@pytest.mark.parametrize("change", ["budget", "labels", "digest of labels", "seed", "detect_settings"])
-def test_another_request_in_the_same_folder_is_refused(request_of: Request, change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("budget", r"--budget 15m, not --budget 15m1s"),
+        ("labels", r"--labels \S*labels\.json, not --labels \S*other\.json"),
+        ("digest of labels", r"another content of --labels, not --labels \S*labels\.json"),
+        ("seed", r"--seed 0, not --seed 1"),
+        ("detect_settings", r"no --detect-set, not --detect-set A=1 'B=2 3'"),
+    ],
+)
+def test_another_request_in_the_same_folder_is_refused(
+    request_of: Request, change: str, told: str, tmp_path: Path
+) -> None:
     start(request_of)
     other = request_of
     if change == "digest of labels":
@@ -132,8 +144,10 @@ def test_another_request_in_the_same_folder_is_refused(request_of: Request, chan
         (tmp_path / "other.json").write_text("{}")
         other = replace(request_of, labels=tmp_path / "other.json")
     else:
-        other = replace(request_of, **{change: {"budget": 901.0, "seed": 1, "detect_settings": ("A=1",)}[change]})
-    with pytest.raises(UserError, match=rf"^--output: .* holds a run with another {change.replace('_', ' ')}[:.]"):
+        other = replace(
+            request_of, **{change: {"budget": 901.0, "seed": 1, "detect_settings": ("A=1", "B=2 3")}[change]}
+        )
+    with pytest.raises(UserError, match=rf"^--output: \S* holds a run with {told}\. Repeat the command of that run"):
         check_request(other)
     check_request(other, fresh=True)
     assert "decision" not in read_json(request_of.output / RECORD)
@@ -147,8 +161,45 @@ def test_until_a_training_starts_the_request_may_change(request_of: Request) -> 
     check_request(other)
     assert "decision" not in read_json(request_of.output / RECORD)
     run(list_stages(other, 0.0), request_of.output)
-    with pytest.raises(UserError, match="with another budget: 1200"):
+    with pytest.raises(UserError, match=r"with --budget 20m, not --budget 15m\."):
         check_request(request_of)
+
+
+def test_a_budget_that_no_machine_could_keep_is_refused_before_anything_runs(request_of: Request) -> None:
+    with pytest.raises(
+        UserError, match=r"^--budget: 1 min 30 s is too short: .* at least 1 min 00 s of it. Give 2m or more"
+    ):
+        start(replace(request_of, budget=90.0))
+    assert [path.name for path in request_of.output.iterdir()] == [RECORD]
+
+
+def test_a_slow_machine_is_known_before_a_detector_is_measured(
+    request_of: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "time_pretraining", lambda *_: Timing(500.0, 0.5, 8))
+    monkeypatch.setattr(pipeline, "time_detection", None)
+    # 60 s until now, 500 s of pretraining, two starts of 10 s, 20 s for the page: 600 s of 900 s.
+    with pytest.raises(
+        UserError, match=r"^--budget: 15 min 00 s is too short: .* at least 10 min 00 s of it. Give 17m"
+    ):
+        start(request_of)
+
+
+def test_broken_images_are_found_before_the_labels_are_split(request_of: Request) -> None:
+    for path in request_of.images.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^IMAGES: none of 40 images can be read"):
+        start(request_of)
+    assert not (request_of.output / "data").exists()
+
+
+@pytest.mark.parametrize(("busy", "warned"), [(0.2, False), (0.6, True)])
+def test_a_busy_machine_is_said(
+    request_of: Request, busy: float, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "busy_share", lambda: busy)
+    start(request_of)
+    assert ("machine: other programs use 60% of its cores." in capsys.readouterr().out) == warned
 
 
 def test_a_comparison_has_the_same_detector_from_the_random_weights_of_pretraining(request_of: Request) -> None:

@@ -12,10 +12,12 @@ from PIL import Image
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 from crossmae.checkpoints.weights import save_weights
-from crossmae.experiments.pipeline.plan import Length
+from crossmae.experiments.pipeline import trainings as module
+from crossmae.experiments.pipeline.plan import Length, Timing
 from crossmae.experiments.pipeline.trainings import (
     LAPTOP,
     ONE_GPU,
+    START_SECONDS,
     LabelledSplit,
     Recipe,
     Trainings,
@@ -93,6 +95,23 @@ def test_settings_of_the_user_win(tmp_path: Path):
 )
 def test_few_images_make_small_steps(images: int, batch: int):
     assert images_per_step(LAPTOP, images) == batch
+
+
+def test_a_short_run_has_two_evaluations_and_counts_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[str] = []
+
+    def time_run(_: str, words: tuple[str, ...], *__: object) -> Timing:
+        ran.extend(words)
+        return Timing(START_SECONDS + 2 * 7.0, 0.5, 32)
+
+    monkeypatch.setattr(module, "_time", time_run)
+    timing = module.time_pretraining(trainings_of(tmp_path), 32, 320)
+    config = load_config(ran[2], ran[3:])
+    assert config.probe.every_epochs == config.validation.every_epochs == config.schedule.epochs == 2
+    full = trainings_of(tmp_path).pretrain_words(LENGTH, 32, tmp_path)
+    every = load_config(full[1], full[2:]).probe.every_epochs
+    evaluations = 1 + -(-LENGTH.epochs // every)
+    assert timing == Timing(START_SECONDS + evaluations * 7.0, 0.5, 32)
 
 
 def test_sizes():
