@@ -12,13 +12,16 @@ import numpy as np
 from PIL import Image
 
 from crossmae.data.broken import Broken, find_broken
-from crossmae.data.images import open_image, read_image
+from crossmae.data.images import is_deep, open_image, read_image
+from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.files import make_folder, put_in_place, read_json, temporary_folder, write_text
 
 LOOKED_AT = 2000  # images whose headers are read
+DEEP_LOOKED_AT = 16  # images of more than 8 bits whose pixels are read
+LEAST_LEVELS = 32  # grey levels of 256 that such an image uses after the cut to 8 bits, without an error
 BACKGROUND = "_background"  # class of the crops without an object
 SMALLEST_OBJECT = 8  # pixels; smaller objects have too little to recognise
 CROP_MARGIN = 1.25  # side of a crop for each pixel of the object's longer side
@@ -63,23 +66,45 @@ def look_at_images(source: Source, key: str) -> ImageFacts:
     Args:
         key: name of the argument, for the errors.
 
-    Raises UserError if no image can be read.
+    Raises UserError if no image can be read, or if a cut to 8 bits leaves too little of them.
     """
     broken = find_broken(source, range(len(source)))
     if len(broken) == len(source):
         raise UserError(f"{key}: none of {counted(len(source), 'image')} can be read. The first: {broken[0].message}")
     bad = {one.index for one in broken}
-    formats, modes, sides = Counter[str](), Counter[str](), []
+    formats, modes, sides, deep = Counter[str](), Counter[str](), [], []
     chosen = evenly_spaced(len(source), min(LOOKED_AT, len(source)))
     for index in chosen:
         if index in bad:
             continue
-        with open_image(source.read(index)) as image:
+        content = source.read(index)
+        if is_deep(content):
+            deep.append(index)
+        with open_image(content) as image:
             formats[image.format or "unknown"] += 1
             modes[image.mode] += 1
             sides.append(max(image.size))
+    if deep:
+        refuse_flat_images(source, [deep[one] for one in evenly_spaced(len(deep), min(DEEP_LOOKED_AT, len(deep)))], key)
     spread = (min(sides), int(np.median(sides)), max(sides))
     return ImageFacts(len(source), len(chosen), dict(formats.most_common()), dict(modes.most_common()), spread, broken)
+
+
+def refuse_flat_images(source: Source, indices: Sequence[int], key: str) -> None:
+    """Raise UserError if images of more than 8 bits have little contrast left after the cut to 8 bits.
+
+    Such files often use a small part of their range of values. The trainings of the pipeline see 8 bits.
+    """
+    levels = []
+    for index in indices:
+        pixels = read_pixels(source, index)
+        low, high = np.percentile(np.asarray(pixels), (0.5, 99.5))
+        levels.append(int(high - low) + 1)
+    if np.median(levels) < LEAST_LEVELS:
+        raise UserError(
+            f"{key}: {source.name(indices[0])} and others have more than 8 bits. They are cut to 8 bits, which leaves "
+            f"{int(np.median(levels))} of 256 grey levels. Stretch the values to the full range, or save 8-bit copies."
+        )
 
 
 def write_list(source: Source, without: Iterable[str], most: int | None, path: Path) -> int:
@@ -114,6 +139,18 @@ def open_files(images: Path, key: str) -> Source:
             "the shards with tools/pretrain.py, and start the detector from there."
         )
     return source
+
+
+def object_share(json_path: Path) -> float:
+    """Return the median of the longer sides of objects, divided by the longer side of their image.
+
+    0 without objects.
+    """
+    content = read_json(json_path)
+    sides = {image["id"]: max(image["width"], image["height"]) for image in content["images"]}
+    boxes = _boxes_by_image(content)
+    shares = [max(box[2:]) / sides[image] for image, own in boxes.items() for _, box in own]
+    return float(np.median(shares)) if shares else 0.0
 
 
 def labelled_paths(json_path: Path, images: Path) -> list[str]:

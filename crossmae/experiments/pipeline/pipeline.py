@@ -24,6 +24,7 @@ from crossmae.experiments.pipeline.inputs import (
     describe_crops,
     labelled_paths,
     look_at_images,
+    object_share,
     open_files,
     write_list,
     write_object_crops,
@@ -43,6 +44,7 @@ from crossmae.experiments.pipeline.plan import (
 )
 from crossmae.experiments.pipeline.trainings import (
     LAPTOP,
+    LEAST_OBJECT,
     ONE_GPU,
     START_SECONDS,
     LabelledSplit,
@@ -293,8 +295,10 @@ def decide(request: Request, look: Look, started: float) -> Decision:
         return plan, timing
 
     plan, timing = plan_for(size)
+    objects = object_share(trainings.train.json) if trainings.train else 0.0
+    least = LEAST_OBJECT / objects if objects else 0.0
     while request.size is None and plan.detect and is_too_short(plan.detect):
-        smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS)
+        smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS, least)
         if smaller is None:
             break
         size = smaller

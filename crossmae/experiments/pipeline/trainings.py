@@ -20,6 +20,7 @@ from crossmae.pretraining.config import PretrainConfig, load_config
 START_SECONDS = 10.0  # of a training program, about, on an idle core
 TIMED_DETECTION = 12  # steps of a short run
 MOST_TIMED_IMAGES = 32  # validation images of a short run
+LEAST_OBJECT = 16  # pixels of the longer side of the median object: a patch
 EVALUATIONS = 4  # during pretraining
 CONTINUED_LR = "optim.lr=1.5e-4"  # of pretrain/continue.yaml: a higher rate forgets more of the weights
 # Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
@@ -209,15 +210,18 @@ def choose_size(recipe: Recipe, long_side: int) -> int:
     return next((size for size in recipe.sizes if size >= long_side), recipe.sizes[-1])
 
 
-def smaller_size(recipe: Recipe, size: int, epochs: float, wanted: float) -> int | None:
+def smaller_size(recipe: Recipe, size: int, epochs: float, wanted: float, least: float = 0) -> int | None:
     """Choose a size with which the detector sees its images `wanted` times.
 
     The time of a step is taken as proportional to the number of pixels.
 
-    Returns None if `size` is the smallest.
+    Args:
+        least: smallest size, because objects must not become smaller than a patch.
+
+    Returns None if no allowed size is smaller than `size`.
     """
     target = size * math.sqrt(epochs / wanted)
-    smaller = [one for one in recipe.sizes if one < size]
+    smaller = [one for one in recipe.sizes if least <= one < size]
     return max([one for one in smaller if one <= target], default=smaller[0]) if smaller else None
 
 

@@ -15,6 +15,7 @@ from crossmae.errors import UserError
 from crossmae.experiments.pipeline.inputs import (
     BACKGROUND,
     look_at_images,
+    object_share,
     open_files,
     write_list,
     write_object_crops,
@@ -107,6 +108,30 @@ def test_validation_images_are_not_in_the_list_under_any_name(labels: tuple[Path
     assert names == {f"{number}.png" for number in range(24)} - {"3.png"}
     with pytest.raises(UserError, match="all images are validation images"):
         write_list(source, [source.name(index) for index in range(24)], None, tmp_path / "out" / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "levels"), [(33000, 34700, 8), (0, 4095, 16), (0, 65535, None), (0, 9000, None)]
+)
+def test_deep_images_that_a_cut_makes_flat_are_refused(tmp_path: Path, low: int, high: int, levels: int | None):
+    values = np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for number in range(3):
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    source = open_source(tmp_path, "IMAGES")
+    if levels is None:
+        assert look_at_images(source, "IMAGES").count == 3
+        return
+    expected = rf"^IMAGES: .*0\.png and others have more than 8 bits.* leaves {levels} of 256 grey levels\. Stretch"
+    with pytest.raises(UserError, match=expected):
+        look_at_images(source, "IMAGES")
+
+
+def test_the_share_of_objects_is_the_median_of_their_longer_sides(tmp_path: Path):
+    images = [{"id": 1, "width": 100, "height": 40}, {"id": 2, "width": 100, "height": 200}]
+    boxes = [(1, [0, 0, 10, 8]), (2, [0, 0, 10, 40]), (2, [0, 0, 100, 10]), (2, [0, 0, 2, 2])]  # the last is too small
+    annotations = [{"image_id": image, "category_id": 1, "bbox": box} for image, box in boxes]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert object_share(tmp_path / "a.json") == pytest.approx(0.2)
 
 
 def test_labels_need_images_that_are_files(tmp_path: Path, labels: tuple[Path, Path]):

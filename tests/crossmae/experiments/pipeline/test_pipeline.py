@@ -230,6 +230,14 @@ def test_a_slow_machine_gets_smaller_images(request_of: Request, monkeypatch: py
     assert decision["plan"]["detect"]["epochs"] >= 8
 
 
+def test_small_objects_keep_the_size_of_their_images(request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "choose_size", lambda *_: 512)
+    monkeypatch.setattr(pipeline, "time_detection", lambda _, size: Timing(10.0, 40 * (size / 512) ** 2, 8))
+    monkeypatch.setattr(pipeline, "object_share", lambda _: 16 / 300)
+    start(request_of)
+    assert read_json(request_of.output / RECORD)["decision"]["size"] == 320
+
+
 def test_without_labels_there_is_only_pretraining(request_of: Request) -> None:
     request = replace(request_of, labels=None)
     stages = start(request)

@@ -119,6 +119,8 @@ def test_sizes():
     assert smaller_size(LAPTOP, 512, 2.0, 8.0) == 256  # a quarter of the pixels
     assert smaller_size(LAPTOP, 512, 0.01, 8.0) == 128
     assert smaller_size(LAPTOP, 128, 0.01, 8.0) is None
+    assert smaller_size(LAPTOP, 512, 0.01, 8.0, least=150.0) == 192
+    assert smaller_size(LAPTOP, 192, 0.01, 8.0, least=150.0) is None
 
 
 @pytest.mark.parametrize("recipe", [LAPTOP, ONE_GPU], ids=["laptop", "gpu"])
