@@ -181,7 +181,8 @@ print("ready", flush=True)
 time.sleep(60)
 """
 IGNORING = "import time; print('ready', flush=True); time.sleep(60)"
-RUN = "import sys; from crossmae.experiments.commands import run_command; print(run_command(sys.argv[1:]))"
+DEFAULTS = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # nohup would ignore SIGHUP
+RUN = DEFAULTS + "from crossmae.experiments.commands import run_command; print(run_command(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize(
