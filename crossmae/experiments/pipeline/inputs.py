@@ -91,9 +91,9 @@ def look_at_images(source: Source, key: str) -> ImageFacts:
 
 
 def refuse_flat_images(source: Source, indices: Sequence[int], key: str) -> None:
-    """Raise UserError if images of more than 8 bits have little contrast left after the cut to 8 bits.
+    """Raise UserError if a cut to 8 bits leaves little contrast.
 
-    Such files often use a small part of their range of values. The trainings of the pipeline see 8 bits.
+    Files of more than 8 bits often use a small part of their range of values. The trainings of the pipeline see 8 bits.
     """
     levels = []
     for index in indices:
@@ -142,9 +142,9 @@ def open_files(images: Path, key: str) -> Source:
 
 
 def object_share(json_path: Path) -> float:
-    """Return the median of the longer sides of objects, divided by the longer side of their image.
+    """Return the median length of objects as a share of their image.
 
-    0 without objects.
+    Lengths are longer sides. 0 without objects.
     """
     content = read_json(json_path)
     sides = {image["id"]: max(image["width"], image["height"]) for image in content["images"]}
