@@ -21,9 +21,11 @@ import numpy as np
 import psutil
 from pydantic import Field
 
+from crossmae.checkpoints.reading import PIPELINE_RECORD
 from crossmae.data.images import read_image
 from crossmae.errors import UserError, advise, counted, run_cli
-from crossmae.experiments.pipeline.stage_section import STAGES, StageOfPlan, Stages, stage_section
+from crossmae.experiments.pipeline.stage_section import StageOfPlan, Stages, stage_section
+from crossmae.experiments.stages import RECORDS
 from crossmae.files import leaves, read_json, write_text
 from crossmae.reports import page, sections
 from crossmae.reports.figures import curve_plots
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from det.evaluation.resampling import ApDifference
 
 COUNT = 12  # number of held-out images on the page
-INPUTS, PRETRAIN_LOG = "pipeline.json", "pretrain/log.jsonl"
+PRETRAIN_LOG = "pretrain/log.jsonl"
 # Files of each detector.
 RESULTS, PREDICTIONS, LOG, RECORD = "results.json", "inference/coco_instances_results.json", "log.jsonl", "run.json"
 LEAD = (
@@ -128,12 +130,12 @@ class PipelineRecord(FileContent):
     page: PageInputs
 
 
-def read_arms(run: RunFolder, inputs: PageInputs) -> list[Arm]:
+def read_arms(run: RunFolder, inputs: PageInputs, record: Stages) -> list[Arm]:
     """Read the detectors whose stages are done.
 
-    Without a record of the stages, all detectors are read.
+    With an empty record of the stages, all detectors are read.
     """
-    unfinished = run.read(STAGES, Stages.read, Stages()).unfinished(inputs.stages)
+    unfinished = record.unfinished(inputs.stages)
     return [read_arm(run, start, folder) for folder, start in inputs.arms.items() if folder not in unfinished]
 
 
@@ -451,12 +453,12 @@ def next_section(
 def build_report(
     run: RunFolder,
     inputs: PageInputs,
+    record: Stages,
     arms: Sequence[Arm],
     truth: dict[str, Any] | None,
     differences: Mapping[str, ApDifference],
 ) -> page.Report:
     """Build the page from the files in the folder of a run."""
-    record = run.read(STAGES, Stages.read, Stages())
     unfinished = record.unfinished(inputs.stages)
     detection = [
         comparison_section(run, inputs, arms, differences),
@@ -503,13 +505,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = RunFolder(parser.parse_args(argv).folder)
     if not run.path.is_dir():
         raise UserError(f"{run.path}: no such folder. Run tools/run.py first.")
-    inputs = PipelineRecord.read(run.path / INPUTS).page
-    arms = read_arms(run, inputs)
+    inputs = PipelineRecord.read(run.path / PIPELINE_RECORD).page
+    record = run.read(RECORDS, Stages.read, Stages())
+    arms = read_arms(run, inputs, record)
     truth = run.read(inputs.annotations, read_coco, None) if arms else None
     differences = ap_differences(run, inputs, arms, truth)
     target = run.path / "report.html"
-    build_report(run, inputs, arms, truth, differences).write(target)
-    record = run.read(STAGES, Stages.read, Stages())
+    build_report(run, inputs, record, arms, truth, differences).write(target)
     left = record.unfinished(inputs.stages)
     write_text(run.path / "summary.txt", summary(arms, differences, record.describe(left) if left else ""))
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")

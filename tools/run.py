@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan, and stop")
     add("--weights", type=Path, metavar="FILE", help="continue pretraining from these weights")
     add("--compare", action="store_true", help="train the same detector from random weights, too")
-    add("--val", type=float, default=0.2, metavar="SHARE", help="share of held-out labelled images (default: 0.2)")
+    add("--val", type=float, metavar="SHARE", help="share of held-out labelled images (default: 0.2)")
     add("--by-folder", action="store_true", help="hold out whole folders, as for frames of a video")
     add("--pretrain-share", type=float, default=40, metavar="P", help="percent of the training time (default: 40)")
     add(

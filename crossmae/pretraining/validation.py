@@ -164,7 +164,7 @@ def _named(classes: Sequence[str]) -> str:
 
 Band = Sequence[tuple[float, float, float]]
 SETTLED = 0.1  # share of the schedule after which the loss must have fallen; later for a long warm-up
-LEAST_STEPS = 100  # a shorter training is too short to tell; the loss of laptop.yaml falls below 1 in 40 to 50 steps
+LEAST_STEPS = 100  # a shorter training is too short to tell; the loss of laptop.yaml falls below 1 in 40 to 60 steps
 MOVED = 0.97  # share of the first loss, or of 1 (the loss of predicting the mean of each patch)
 
 

@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 pytest.importorskip("detectron2", reason="detectron2 is not installed: python tools/install_detectron2.py")
 
 
+from crossmae.checkpoints.reading import PIPELINE_RECORD
 from crossmae.errors import UserError
-from crossmae.experiments.pipeline.stage_section import STAGES, Stages, stage_section
+from crossmae.experiments.pipeline.stage_section import Stages, stage_section
 from crossmae.experiments.stages import RECORDS
 from crossmae.experiments.worth.grid import ARMS
 from crossmae.reports.page import Commands, Gallery, Missing, Plot, Section, Table, format_seconds
@@ -25,7 +26,7 @@ from det.data.coco import read_coco
 from det.evaluation.resampling import ApDifference
 from tools import convert_checkpoint, export_detector, predict, report
 from tools.demo.run import PAGE, demo_stages
-from tools.report import COUNT, INPUTS, PageInputs, PipelineRecord, main, read_arms
+from tools.report import COUNT, PageInputs, PipelineRecord, main, read_arms
 from tools.worth import build_parser
 
 DEMO = PageInputs.model_validate(PAGE)
@@ -79,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
         {"name": "report", "command": "python tools/b.py", **done, "status": "started", "seconds": 0.0},
     ]
     write(tmp_path / "stages.json", {"stages": stages})
-    write(tmp_path / INPUTS, {"page": PAGE})
+    write(tmp_path / PIPELINE_RECORD, {"page": PAGE})
     return tmp_path
 
 
@@ -110,9 +111,12 @@ def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
 def sections(folder: Path) -> dict[str, Section]:
     """The sections of the page by title."""
     run = RunFolder(folder)
-    inputs = PipelineRecord.read(folder / INPUTS).page
-    arms, truth = read_arms(run, inputs), run.read(inputs.annotations, read_coco, None)
-    found = report.build_report(run, inputs, arms, truth, report.ap_differences(run, inputs, arms, truth)).sections
+    inputs = PipelineRecord.read(folder / PIPELINE_RECORD).page
+    record = run.read(RECORDS, Stages.read, Stages())
+    arms, truth = read_arms(run, inputs, record), run.read(inputs.annotations, read_coco, None)
+    found = report.build_report(
+        run, inputs, record, arms, truth, report.ap_differences(run, inputs, arms, truth)
+    ).sections
     return {section.title: section for section in found}
 
 
@@ -172,13 +176,13 @@ def test_verdict_follows_from_the_intervals_and_never_claims_a_gain(
 
 
 def test_the_page_tells_if_no_setting_differs(folder: Path):
-    arms = read_arms(RunFolder(folder), DEMO)
+    arms = read_arms(RunFolder(folder), DEMO, Stages.read(folder / RECORDS))
     assert "SOLVER.LAYER_DECAY" in report.differing_settings(arms)
     shutil.copy(folder / DETECTORS[0] / "run.json", folder / DETECTORS[1])
-    same = report.differing_settings(read_arms(RunFolder(folder), DEMO))
+    same = report.differing_settings(read_arms(RunFolder(folder), DEMO, Stages.read(folder / RECORDS)))
     assert same == "All settings are the same. Only the first weights of the encoder differ. "
     (folder / DETECTORS[1] / "run.json").unlink()
-    assert report.differing_settings(read_arms(RunFolder(folder), DEMO)) == ""
+    assert report.differing_settings(read_arms(RunFolder(folder), DEMO, Stages.read(folder / RECORDS))) == ""
 
 
 @pytest.mark.parametrize("arm", DETECTORS)
@@ -219,7 +223,7 @@ def test_curves_and_tables(folder: Path):
 
 def test_the_next_commands_are_taken_and_replace_no_files(folder: Path):
     run = RunFolder(folder)
-    (block,) = report.next_section(run, DEMO, read_arms(run, DEMO), {}).blocks
+    (block,) = report.next_section(run, DEMO, read_arms(run, DEMO, Stages.read(folder / RECORDS)), {}).blocks
     assert isinstance(block, Commands)
     words = {title: shlex.split(command.replace("\\\n", "")) for title, command in block.commands}
     tools = {"Find objects in other images": predict, "Export": export_detector}
@@ -232,7 +236,7 @@ def test_the_next_commands_are_taken_and_replace_no_files(folder: Path):
 
 
 def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
-    table = stage_section(RunFolder(folder), Stages.read(folder / STAGES), [], {}).blocks[0]
+    table = stage_section(RunFolder(folder), Stages.read(folder / RECORDS), [], {}).blocks[0]
     assert isinstance(table, Table)
     assert [row[1] for row in table.rows] == [*["1 min 01 s"] * 5, "this page"]
     assert list(table.footer) == ["all", "5 min 05 s", "3.00 GiB"]
@@ -249,10 +253,10 @@ def test_report_in_the_making_has_no_time_of_its_own(folder: Path):
 )
 def test_an_unfinished_run_tells_what_is_done_and_claims_nothing_else(folder: Path, status: str, later: int, told: str):
     """What an earlier run of other settings left in the folders of later stages does not count."""
-    record = json.loads((folder / STAGES).read_text())
+    record = json.loads((folder / RECORDS).read_text())
     record["stages"] = record["stages"][: later + 2]
     record["stages"][-1] |= {"status": status, "seconds": 999.0, "peak_memory_bytes": 2**40}
-    write(folder / STAGES, record)
+    write(folder / RECORDS, record)
     main([str(folder)])
     html, summary = (folder / "report.html").read_text(), " ".join((folder / "summary.txt").read_text().split())
     done = ["data", "pretrain", "start", "detect-random"][: later + 1]
@@ -261,7 +265,8 @@ def test_an_unfinished_run_tells_what_is_done_and_claims_nothing_else(folder: Pa
         assert f"Done: {', '.join(done)}. The same command continues." in text
     assert ("detector was trained" in html) == ("detect-random" in done)  # the first of two
     run = RunFolder(folder)
-    stages, arms = Stages.read(folder / STAGES), read_arms(run, DEMO)
+    stages = Stages.read(folder / RECORDS)
+    arms = read_arms(run, DEMO, stages)
     assert [arm.folder for arm in arms] == [name for name in done if name in DETECTORS]
     facts = {fact.label: fact for fact in report.facts(arms, stages, stages.unfinished(DEMO.stages))}
     assert (facts["Time"].value, facts["Time"].note) == (format_seconds(61 * len(done)), "the stages that are done")
@@ -273,7 +278,7 @@ def test_an_unfinished_run_tells_what_is_done_and_claims_nothing_else(folder: Pa
 
 
 def test_empty_folder_names_every_missing_file(tmp_path: Path):
-    write(tmp_path / INPUTS, {"page": PAGE})
+    write(tmp_path / PIPELINE_RECORD, {"page": PAGE})
     main([str(tmp_path)])
     missing = {str(block.path) for block in missing_blocks(tmp_path)}
     assert missing == {

@@ -33,7 +33,7 @@ def detector_folder(path: Path) -> Path:
     """
     if not os.path.isfile(path / PIPELINE_RECORD):  # False for a name that is too long
         return path
-    folders = sorted(one for one in path.glob("detect-*") if detector_file(one) or any(one.glob("checkpoints/step-*")))
+    folders = sorted(one for one in path.glob("detect-*") if detector_file(one) or _has_checkpoint(one))
     if [one.name for one in folders] == [PIPELINE_DETECTOR]:
         return folders[0]
     if folders:
@@ -52,9 +52,13 @@ def pretrained_folder(path: Path) -> Path:
     if not os.path.isfile(path / PIPELINE_RECORD):
         return path
     folder = path / PIPELINE_PRETRAINED
-    if not (folder / MODEL_FILE).is_file() and not any(folder.glob("checkpoints/step-*")):
+    if not (folder / MODEL_FILE).is_file() and not _has_checkpoint(folder):
         raise UserError(f"{path}: a folder of tools/run.py without pretrained weights yet, {_pipeline_content(path)}")
     return folder
+
+
+def _has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/step-*"))
 
 
 def _pipeline_content(path: Path) -> str:

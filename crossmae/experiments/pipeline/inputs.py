@@ -17,7 +17,7 @@ from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, counted, printable, shorten
-from crossmae.files import make_folder, put_in_place, read_json, temporary_folder, write_text
+from crossmae.files import make_folder, put_in_place, temporary_folder, write_text
 
 LOOKED_AT = 2000  # images whose headers are read
 DEEP_LOOKED_AT = 16  # images of more than 8 bits whose pixels are read
@@ -141,24 +141,23 @@ def open_files(images: Path, key: str) -> Source:
     return source
 
 
-def object_share(json_path: Path) -> float:
+def object_share(content: Mapping[str, Any]) -> float:
     """Return the median length of objects as a share of their image.
 
-    Lengths are longer sides. 0 without objects.
+    Lengths are longer sides. `content` is that of a COCO file. 0 without objects.
     """
-    content = read_json(json_path)
     sides = {image["id"]: max(image["width"], image["height"]) for image in content["images"]}
     boxes = _boxes_by_image(content)
     shares = [max(box[2:]) / sides[image] for image, own in boxes.items() for _, box in own]
     return float(np.median(shares)) if shares else 0.0
 
 
-def labelled_paths(json_path: Path, images: Path) -> list[str]:
+def labelled_paths(content: Mapping[str, Any], images: Path) -> list[str]:
     """List the paths of the images of a COCO file."""
-    return [str(images / image["file_name"]) for image in read_json(json_path)["images"]]
+    return [str(images / image["file_name"]) for image in content["images"]]
 
 
-def write_object_crops(json_path: Path, images: Path, split: str, folder: Path) -> dict[str, int]:
+def write_object_crops(content: Mapping[str, Any], images: Path, split: str, folder: Path) -> dict[str, int]:
     """Cut labelled objects and background out of their images.
 
     The crops measure features: their class is known, and no detector is needed. Each class has a folder. A crop is a
@@ -166,14 +165,13 @@ def write_object_crops(json_path: Path, images: Path, split: str, folder: Path) 
     the content only.
 
     Args:
-        json_path: COCO file. Crowd regions and objects below `SMALLEST_OBJECT` pixels are left out.
+        content: of a COCO file. Crowd regions and objects below `SMALLEST_OBJECT` pixels are left out.
         split: "train" or "val".
         folder: the crops are written to a new folder here, named as the split.
 
     Returns:
         Number of crops by class. Empty if there are too few for a comparison; then nothing is written.
     """
-    content = read_json(json_path)
     names = {one["id"]: printable(one["name"]).replace("/", "_") for one in content["categories"]}
     boxes = _boxes_by_image(content)
     total = sum(map(len, boxes.values()))

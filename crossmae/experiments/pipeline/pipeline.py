@@ -65,7 +65,6 @@ from crossmae.training.config import resolve_config_path
 
 RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
-VAL_SHARE = 0.2  # the default of tools/split_labels.py
 MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
 OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
 # Key in the log of pretraining, words, factor, and 1 if larger is better.
@@ -82,7 +81,8 @@ class Request:
         budget: seconds for everything.
         weights: where pretraining starts; None: random weights.
         pretrain_share: percent of the training time for pretraining.
-        val_share: share of the labelled images that are held out, if the labels have no split of their own.
+        val_share: share of the labelled images that are held out, if the labels have no split of their own; None: the
+            default of tools/split_labels.py.
         by_folder: images of a folder are all held out, or none of them.
         compare: train the same detector from random weights, too.
         size: longest side of the images that the detector sees; None: chosen by the images and the budget.
@@ -94,7 +94,7 @@ class Request:
     budget: float
     weights: Path | None = None
     pretrain_share: float = PRETRAIN_SHARE
-    val_share: float = VAL_SHARE
+    val_share: float | None = None
     by_folder: bool = False
     compare: bool = False
     size: int | None = None
@@ -295,8 +295,7 @@ def decide(request: Request, look: Look, started: float) -> Decision:
         return plan, timing
 
     plan, timing = plan_for(size)
-    objects = object_share(trainings.train.json) if trainings.train else 0.0
-    least = LEAST_OBJECT / objects if objects else 0.0
+    least = LEAST_OBJECT / trainings.object_share if trainings.object_share else 0.0
     while request.size is None and plan.detect and is_too_short(plan.detect):
         smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS, least)
         if smaller is None:
@@ -331,13 +330,15 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
     output = request.output
     train = val = objects = None
     held_out: list[str] = []
-    has_masks = False
+    has_masks, share = False, 0.0
     if request.labels is not None:
         train, val = read_split(output / "data")
-        held_out = labelled_paths(val.json, val.images)
-        has_masks = all(one.get("segmentation") for part in (train, val) for one in read_json(part.json)["annotations"])
+        contents = {part: read_json(one.json) for part, one in (("train", train), ("val", val))}
+        held_out = labelled_paths(contents["val"], val.images)
+        has_masks = all(one.get("segmentation") for content in contents.values() for one in content["annotations"])
+        share = object_share(contents["train"])
         crops = {
-            part: write_object_crops(one.json, one.images, part, output / "objects")
+            part: write_object_crops(contents[part], one.images, part, output / "objects")
             for part, one in (("train", train), ("val", val))
         }
         objects = output / "objects" if all(crops.values()) else None
@@ -364,6 +365,7 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
         seed=request.seed,
         pretrain_settings=(*fitting[0], *request.pretrain_settings),
         detect_settings=(*fitting[1], *request.detect_settings),
+        object_share=share,
     )
     return trainings, count
 
@@ -426,7 +428,7 @@ def split_stage(request: Request) -> Stage:
     folder = request.output / "data"
     words: tuple[str, ...] = (str(request.labels), "--images", str(request.images), "--output", str(folder))
     words = (*words, "--seed", str(request.seed))
-    if request.val_share != VAL_SHARE:  # labels with a split would say that a share has no effect
+    if request.val_share is not None:
         words = (*words, "--val", f"{request.val_share:g}")
     words = (*words, "--by-folder") if request.by_folder else words
     return Stage(

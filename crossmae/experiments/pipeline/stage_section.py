@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import Field
 
+from crossmae.experiments.stages import RECORDS
 from crossmae.reports import page
 from crossmae.reports.run_folder import FileContent, RunFolder
 
-STAGES, PAGE_STAGE = "stages.json", "report"
+PAGE_STAGE = "report"
 UNFINISHED = (
     "This run is not finished: {left}. {done} The same command continues. This page shows what there is. Every number "
     "was measured by the commands shown, on the machine described at the end."
@@ -73,7 +74,7 @@ def stage_section(
 ) -> page.Section:
     """Show time or state, peak memory and command of every stage."""
     if not record.stages:
-        return page.Section("Stages", "", [run.missing(STAGES, "record of the stages")])
+        return page.Section("Stages", "", [run.missing(RECORDS, "record of the stages")])
     known, planned = {stage.name: stage for stage in record.stages}, {stage.name: stage for stage in plan}
     rows: list[page.TableRow] = []
     for name in sorted(dict.fromkeys((*known, *unfinished)), key=lambda name: name == PAGE_STAGE):  # the page is last

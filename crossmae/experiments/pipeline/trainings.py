@@ -83,6 +83,7 @@ class Trainings:
         pretrain_list, val_list: lists of image files.
         objects: folder of object crops with "train" and "val", for the check of features; None: no check.
         train, val: labelled images; None: no detector.
+        object_share: median length of training objects as a share of their image; 0 without objects.
         weights: where pretraining starts; None: random weights.
     """
 
@@ -99,6 +100,7 @@ class Trainings:
     seed: int
     pretrain_settings: tuple[str, ...] = ()
     detect_settings: tuple[str, ...] = ()
+    object_share: float = 0.0
 
     def pretrain_words(
         self, length: Length, images_per_step: int, run: Path, evaluations: int = EVALUATIONS

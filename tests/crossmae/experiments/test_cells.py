@@ -316,7 +316,7 @@ def test_killed_at_any_time_the_grid_continues(tmp_path: Path):
     seed = int(time.time())
     rng = random.Random(seed)
     kept: dict[str, str] = {}
-    for _ in range(2):
+    for _ in range(4):
         process = start(tmp_path, jobs=2)
         wait_for_start(process)
         time.sleep(rng.uniform(0.0, 0.8))

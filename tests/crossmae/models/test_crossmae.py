@@ -245,6 +245,14 @@ def test_counts_of_the_model() -> None:
         ("cross_self", {}, "aot_eager"),
         ("self", {}, "aot_eager"),
         ("cross", {"mask_block": 2, "class_tokens": 3}, "eager"),
+        *(
+            pytest.param("cross", overrides, "aot_eager", marks=pytest.mark.slow)
+            for overrides in (
+                {"fuse_blocks": ()},
+                {"fuse_blocks": (0,), "fuse_input": False, "norm_pix_loss": False},
+                {"mask_block": 2, "class_tokens": 3},
+            )
+        ),
     ],
 )
 def test_model_and_loss_compile_without_a_graph_break(decoder: Any, overrides: dict[str, Any], backend: str) -> None:

@@ -20,6 +20,7 @@ from crossmae.experiments.pipeline.inputs import (
     write_list,
     write_object_crops,
 )
+from crossmae.files import read_json
 
 SIDE, OBJECT = 96, 20
 COLOURS = {"red one": (255, 0, 0), "blue/one": (0, 0, 255)}
@@ -52,7 +53,7 @@ def labels(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_crop_shows_its_object_and_background_shows_none(labels: tuple[Path, Path], tmp_path: Path):
-    numbers = write_object_crops(*labels, "train", tmp_path / "objects")
+    numbers = write_object_crops(read_json(labels[0]), labels[1], "train", tmp_path / "objects")
     assert numbers == {"red one": 24, "blue_one": 12, BACKGROUND: numbers[BACKGROUND]}
     assert numbers[BACKGROUND] >= 24
     for name, colour in {"red one": (255, 0, 0), "blue_one": (0, 0, 255), BACKGROUND: None}.items():
@@ -68,7 +69,7 @@ def test_a_crop_shows_its_object_and_background_shows_none(labels: tuple[Path, P
                 share = (np.abs(pixels - np.array(colour)).max(axis=-1) < 16).mean()
                 assert 0.5 < share <= 0.8  # 20 of 25 pixels a side, minus the blurred edge
     again = tmp_path / "again"
-    write_object_crops(*labels, "train", again)
+    write_object_crops(read_json(labels[0]), labels[1], "train", again)
     for path in (tmp_path / "objects" / "train").rglob("*.png"):
         assert path.read_bytes() == (again / path.relative_to(tmp_path / "objects")).read_bytes()
 
@@ -77,7 +78,7 @@ def test_too_few_objects_are_no_comparison(labels: tuple[Path, Path], tmp_path: 
     content = json.loads(labels[0].read_text())
     content["annotations"] = content["annotations"][:9]
     labels[0].write_text(json.dumps(content))
-    assert write_object_crops(*labels, "val", tmp_path / "objects") == {}
+    assert write_object_crops(read_json(labels[0]), labels[1], "val", tmp_path / "objects") == {}
     assert not (tmp_path / "objects").exists()
 
 
@@ -126,12 +127,11 @@ def test_deep_images_that_a_cut_makes_flat_are_refused(tmp_path: Path, low: int,
         look_at_images(source, "IMAGES")
 
 
-def test_the_share_of_objects_is_the_median_of_their_longer_sides(tmp_path: Path):
+def test_the_share_of_objects_is_the_median_of_their_longer_sides():
     images = [{"id": 1, "width": 100, "height": 40}, {"id": 2, "width": 100, "height": 200}]
     boxes = [(1, [0, 0, 10, 8]), (2, [0, 0, 10, 40]), (2, [0, 0, 100, 10]), (2, [0, 0, 2, 2])]  # the last is too small
     annotations = [{"image_id": image, "category_id": 1, "bbox": box} for image, box in boxes]
-    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    assert object_share(tmp_path / "a.json") == pytest.approx(0.2)
+    assert object_share({"images": images, "annotations": annotations}) == pytest.approx(0.2)
 
 
 def test_labels_need_images_that_are_files(tmp_path: Path, labels: tuple[Path, Path]):

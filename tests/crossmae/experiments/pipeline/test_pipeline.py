@@ -203,11 +203,10 @@ def test_a_busy_machine_is_said(
     assert ("machine: other programs use 60% of its cores." in capsys.readouterr().out) == warned
 
 
-@pytest.mark.parametrize("share", [split_labels.DEFAULT_VAL, 0.35])
-def test_a_share_is_given_to_the_split_if_it_is_not_the_default(request_of: Request, share: float) -> None:
+@pytest.mark.parametrize("share", [None, 0.35])
+def test_a_share_is_given_to_the_split_if_the_user_gave_one(request_of: Request, share: float | None) -> None:
     words = pipeline.split_stage(replace(request_of, val_share=share)).words
-    given = split_labels.build_parser().parse_args(words).val
-    assert given == (None if share == split_labels.DEFAULT_VAL else share)
+    assert split_labels.build_parser().parse_args(words).val == share
 
 
 def test_a_comparison_has_the_same_detector_from_the_random_weights_of_pretraining(request_of: Request) -> None:
