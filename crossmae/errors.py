@@ -97,10 +97,14 @@ def name_commands(text: str) -> str:
 def advise(text: str) -> str:
     """Name commands that exist for the reader.
 
-    They are scripts in a clone of the repository, and else subcommands of `crossmae`.
+    They are subcommands of `crossmae`, and scripts only if the user started a script of a clone.
     """
-    is_command = sys.argv[:1] and sys.argv[0].startswith("crossmae ")  # set by tools/command.py
-    return name_commands(text) if IN_WHEEL or is_command else text
+    return name_commands(text) if IN_WHEEL or is_subcommand() else text
+
+
+def is_subcommand() -> bool:
+    """Check whether this process was started as `crossmae NAME`."""
+    return sys.argv[:1] != [] and sys.argv[0].startswith("crossmae ")  # set by tools/command.py
 
 
 def repeat_command() -> str:

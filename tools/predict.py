@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the arguments, because these imports take seconds.
     import torch
 
+    from crossmae.checkpoints.metadata import safetensors_metadata
+    from det.backbone.record import describe_shrunk
     from det.inference.label_files import LABEL_FOLDER, LabelWriter, label_paths
     from det.inference.ordered_threads import host_threads
     from det.inference.predict import Predictor, find_classes, threshold_below
@@ -91,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch-size {args.batch_size}: too many images for the memory of the GPU. Lower it."
         ) from None
     print(f"{counted(job.objects, 'object')} in {counted(job.images, 'image')}: {printable(args.output / COCO_FILE)}")
+    inputs_of = predictor.cfg.INPUT
+    metadata = safetensors_metadata(predictor.weights)
+    if line := describe_shrunk(metadata, job.sizes, inputs_of.MIN_SIZE_TEST, inputs_of.MAX_SIZE_TEST):
+        print(f"warning: {line}")
     if job.images and job.objects < FEW * job.images:
         highest, number = job.highest_score(media)
         seen = f"the best score in {counted(number, 'file')} is {highest:.2g}"

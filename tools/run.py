@@ -7,19 +7,23 @@
     python tools/run.py IMAGES --labels LABELS --compare            # also the same detector from random weights
 
 IMAGES is a folder of images. LABELS are a COCO json, or a folder or file of YOLO, Pascal VOC, LabelMe, CVAT, Roboflow
-or PNG masks. Labelled images are split, unless the labels have a split. The program looks at images and labels,
-measures this machine, chooses size and length of the trainings for the budget, and prints the plan. It pretrains,
-checks if features improve, trains a detector, evaluates it, and writes OUTPUT/report.html with the command of every
-stage. The same command continues after an interruption.
+or PNG masks. A mask has the name of its image and a value per object: masks/a.png, or masks/CLASS/a.png. A folder that
+the images have, too, is no class (docs/data.md). Labelled images are split, unless the labels have a split. The program
+looks at images and labels, measures this machine, chooses size and length of the trainings for the budget, and prints
+the plan. It pretrains, checks if features improve, trains a detector, evaluates it, and writes OUTPUT/report.html with
+the command of every stage. The same command continues after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae.errors import UserError, run_cli, set_up_log
+
+BY_FOLDER = "hold out whole folders: frames of a video, tiles of a picture, pictures of a patient, site or plate"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, metavar="FILE", help="continue pretraining from these weights")
     add("--compare", action="store_true", help="train the same detector from random weights, too")
     add("--val", type=float, metavar="SHARE", help="share of held-out labelled images (default: 0.2)")
-    add("--by-folder", action="store_true", help="hold out whole folders, as for frames of a video")
+    add("--by-folder", action="store_true", help=BY_FOLDER)
     add("--pretrain-share", type=float, default=40, metavar="P", help="percent of the training time (default: 40)")
     add(
         "--size",
@@ -58,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from crossmae.experiments.pipeline.plan import parse_duration
 
     request = pipeline.Request(
-        images=arguments.images.absolute(),
-        labels=arguments.labels and arguments.labels.absolute(),
-        output=arguments.output.absolute(),
+        images=plain_path(arguments.images),
+        labels=arguments.labels and plain_path(arguments.labels),
+        output=plain_path(arguments.output),
         budget=parse_duration(arguments.budget, "--budget"),
-        weights=arguments.weights and arguments.weights.absolute(),
+        weights=arguments.weights and plain_path(arguments.weights),
         pretrain_share=arguments.pretrain_share,
         val_share=arguments.val,
         by_folder=arguments.by_folder,
@@ -76,6 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.dry_run:
         print(f"\n{(arguments.output / 'summary.txt').read_text('utf-8')}")
         print(f"Open this page in a browser: {arguments.output / pipeline.PAGE}")
+
+
+def plain_path(path: Path) -> Path:
+    """Make a path absolute, without "..".
+
+    Links are resolved only where a link comes before "..".
+    """
+    plain = Path(os.path.abspath(path))
+    return plain if plain.resolve() == path.resolve() else path.resolve()
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

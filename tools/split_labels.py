@@ -5,8 +5,10 @@
     python tools/split_labels.py LABELS --images IMAGES --output OUT --val 0.1 --by-folder --seed 1
 
 LABELS are a COCO json, a data.yaml of YOLO, or a folder with labels of YOLO, Pascal VOC, LabelMe, Roboflow, CVAT, or
-masks as PNG files. The format is recognised. Every class keeps its share on both sides, and images with the same bytes
-stay on one side. Labels that already have splits keep them. Written into --output:
+masks as PNG files. A mask has the name of its image and a value per object: masks/a.png, or masks/CLASS/a.png. A folder
+that the images have, too, is no class (docs/data.md). The format is recognised. Every class keeps its share on both
+sides, and images with the same bytes stay on one side. Labels that already have splits keep them. Written into
+--output:
     train.json, val.json    COCO files with names relative to the image folder; test.json if LABELS have it
     split.json              the format, the image folder of each file, counts, classes and the seed
 """
@@ -22,10 +24,11 @@ from typing import Any
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.records import UNSPLIT, AnnotationSet, common_folder, write_content
 from crossmae.data.annotations.split import id_key, join, rebase, split_images
-from crossmae.errors import UserError, counted, printable, run_cli, set_up_log
+from crossmae.errors import UserError, advise, counted, printable, run_cli, set_up_log
 from crossmae.files import check_writable, make_folder, write_json
 
 RECORD = "split.json"
+BY_FOLDER = "keep each folder on one side: frames of a video, tiles of a picture, pictures of a patient, site or plate"
 DEFAULT_VAL = 0.2
 Contents = dict[str, tuple[Path, dict[str, Any]]]
 
@@ -38,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", type=Path, help="folder of the images (default: where LABELS say, or near LABELS)")
     add("--output", type=Path, required=True, metavar="OUT", help="folder to write")
     add("--val", type=float, metavar="SHARE", help=f"share of the images for validation (default: {DEFAULT_VAL:g})")
-    add("--by-folder", action="store_true", help="keep all images of a folder on one side")
+    add("--by-folder", action="store_true", help=BY_FOLDER)
     add("--seed", type=int, default=0, metavar="N", help="another seed gives another split (default: 0)")
     add("--again", action="store_true", help="split again if LABELS have splits; a test split stays")
     return parser
@@ -61,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         kept = keep_splits(found, arguments.images)
         ignored = [f"--val {val:g}"] * (arguments.val is not None) + ["--by-folder"] * arguments.by_folder
         effect = f", and {' and '.join(ignored)} has no effect" if ignored else ""
-        print(f"{found.format}: the labels have splits, which are kept{effect}. To split again, add --again.")
+        again = "To split again: python tools/split_labels.py LABELS --again --output OUT, and name OUT as the labels."
+        print(advise(f"{found.format}: the labels have splits, which are kept{effect}. {again}"))
     else:
         try:
             kept = split_again(found, arguments.images, val, arguments.seed, arguments.by_folder)

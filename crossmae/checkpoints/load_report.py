@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -77,9 +77,19 @@ class LoadReport:
         return self.names("used") + self.names("resampled")
 
     def summary(self) -> str:
-        """Count the tensors of each status in one line."""
+        """Count tensors by status in one line, with reasons of dropped tensors."""
         counts = ((status, len(self.names(status))) for status in reversed(_ORDER))
-        return ", ".join(f"{number} {status}" for status, number in counts if number or status == "used")
+        return ", ".join(
+            f"{number} {status}{self._reasons(status)}" for status, number in counts if number or status == "used"
+        )
+
+    def _reasons(self, status: Status) -> str:
+        """Return the reasons in parentheses, counted if there are several."""
+        reasons = Counter(entry.reason for entry in self.entries if entry.status == status)
+        if status != "dropped" or not all(reasons):
+            return ""
+        counted = [reason if len(reasons) == 1 else f"{number} {reason}" for reason, number in reasons.most_common()]
+        return f" ({', '.join(counted)})" if counted else ""
 
     def table(self) -> str:
         """Format a table by module. Errors come first, marked `!`."""

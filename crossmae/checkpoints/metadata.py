@@ -32,6 +32,7 @@ NORM_EPS_OF_PLAIN = 1e-6  # epsilon in timm, the published files, detectron2's V
 CLASSES = "classes"  # JSON list of names, in the order of the head's outputs
 VERSION, STEP = "version", "step"
 DETECTOR_CONFIG = "config"  # JSON: config of a detector, without paths
+TRAINING_SIZE = "training_size"  # JSON: median height and width of a detector's training images, in pixels
 TRAINING = "training"  # JSON: data, recipe and figures of the run, see `formats.training_record`
 STARTED_FROM = "started_from"  # name of the file or folder of the initial weights, or RANDOM_WEIGHTS
 RANDOM_WEIGHTS = "random weights"

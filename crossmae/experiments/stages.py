@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae import __version__
-from crossmae.errors import IN_WHEEL, PROGRAMS, UserError, name_commands
+from crossmae.errors import COMMANDS, IN_WHEEL, PROGRAMS, UserError, is_subcommand, name_commands
 from crossmae.experiments.commands import run_command
 from crossmae.files import make_folder, read_json, sha256, write_json
 from crossmae.reports.page import format_bytes, format_seconds
@@ -53,16 +54,29 @@ class Stage:
 
     @property
     def arguments(self) -> list[str]:
-        """Program and arguments, for the operating system."""
-        return [sys.executable, str(PROGRAMS / self.tool), *self.words]
+        """Program and arguments, for the operating system.
+
+        Under `crossmae NAME`, a stage is a subcommand, too. So its messages name commands in the same way.
+        """
+        name = next((name for name, tool in COMMANDS.items() if tool == self.tool and is_subcommand()), None)
+        words = [self.tool] if name is None else ["tools/command.py", name]
+        return [sys.executable, str(PROGRAMS / words[0]), *words[1:], *self.words]
 
     @property
     def command(self) -> str:
-        """Command line for a shell in the current folder."""
-        if IN_WHEEL:
-            return name_commands(shlex.join(["python", self.tool, *self.words]))
+        """Command line for a shell. Its paths are those of the words."""
+        return self._line(self.words)
+
+    @property
+    def short_command(self) -> str:
+        """Command line for the current folder, with the shortest paths."""
+        return self._line([_shorten(word) for word in self.words])
+
+    def _line(self, words: Sequence[str]) -> str:
+        if IN_WHEEL or (is_subcommand() and self.tool in COMMANDS.values()):
+            return name_commands(shlex.join(["python", self.tool, *words]))
         tool = _from_here(PROGRAMS / self.tool, str(PROGRAMS / self.tool))
-        return shlex.join([_from_here(Path(sys.executable), "python"), tool, *self.words])
+        return shlex.join([_from_here(Path(sys.executable), "python"), tool, *words])
 
     @property
     def fingerprint(self) -> str:
@@ -74,6 +88,19 @@ class Stage:
 def _from_here(path: Path, otherwise: str) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else otherwise
+
+
+def _shorten(word: str) -> str:
+    """Write an absolute path relative to the current folder, if shorter.
+
+    The word is a path or KEY=PATH.
+    """
+    key, equals, value = word.rpartition("=") if not os.path.isabs(word) else ("", "", word)
+    if not os.path.isabs(value):
+        return word
+    here = os.path.relpath(os.path.realpath(value), os.path.realpath(os.curdir))
+    is_same = os.path.realpath(here) == os.path.realpath(value)
+    return f"{key}{equals}{here}" if is_same and len(here) < len(value) and not here.startswith("-") else word
 
 
 def run_stages(stages: Iterable[Stage], folder: Path, *, total: int, fresh: bool = False) -> float:
@@ -103,7 +130,7 @@ def run_stages(stages: Iterable[Stage], folder: Path, *, total: int, fresh: bool
         else:
             keeps = is_same and record.get("status") != "done" and RESUME in stage.words
             is_new, how = True, "done in"
-            print(f"\n{head}: {stage.title}\n$ {stage.command}", flush=True)
+            print(f"\n{head}: {stage.title}\n$ {stage.short_command}", flush=True)
             record = _run_stage(stage, records, folder, keeps=keeps)
         peak = format_bytes(record["peak_memory_bytes"])
         print(f"{head}: {how} {format_seconds(record['seconds'])}, peak memory {peak}", flush=True)
@@ -141,7 +168,7 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, kee
     if failure:
         raise UserError(
             f"stage {stage.name}: failed after {format_seconds(seconds)}: {failure}. Repeat the command: it continues "
-            f"with this stage. The command of the stage is: {stage.command}"
+            f"with this stage. The command of the stage is: {stage.short_command}"
         )
     return records[-1]
 

@@ -43,7 +43,7 @@ def find_start(run: Path, resume: bool, kind: str, key: str = "output_dir", fina
     if not latest and (run / final).exists():
         raise UserError(f"{key}: {run} holds {final} but no complete checkpoint to continue from. Name another folder.")
     if resume and not latest:
-        log.info("--resume: no complete checkpoint in %s, starting from scratch", run)
+        log.info("no checkpoint in %s yet: the training starts at step 0", run)
     return latest
 
 

@@ -177,6 +177,7 @@ class FilePredictions:
     labels: LabelWriter | None = None
     images: int = 0
     objects: int = 0
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # height and width of the inputs by name
     failures: list[str] = field(default_factory=list)
 
     def write(self, inputs: Sequence[MediaInput], info: dict[str, Any]) -> None:
@@ -275,6 +276,7 @@ class FilePredictions:
             found = self.predictor.predict_raw([pixels for _, _, pixels in batch])
             for (item, entry, pixels), instances in zip(batch, found, strict=True):
                 sizes = {"width": pixels.shape[1], "height": pixels.shape[0]}
+                self.sizes[entry["file_name"]] = pixels.shape[0], pixels.shape[1]
                 yield _Detected(item, {**entry, **sizes}, pixels, instances, next(numbers))
 
     def _annotate(self, one: _Detected[Item]) -> tuple[_Detected[Item], list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from crossmae.errors import counted
-from crossmae.files import write_json
+from crossmae.files import read_json, write_json
 from crossmae.training.log import EVALUATION, RunLog
 from crossmae.training.loop import Callbacks
 from crossmae.training.state import TrainingState
@@ -97,7 +97,10 @@ class Evaluations(Callbacks):
         """Write the report of the run."""
         log.info("report in %s", write_report(self.folder))
         if self.results and (self.folder / BEST).is_file():
-            log.info("these are the results of the final weights. The best weights are in %s", BEST)
+            if read_json(self.folder / BEST_RECORD).get("iteration") == self.last_step:
+                log.info("these are the results of the final weights, which are the best: %s has the same", BEST)
+            else:
+                log.info("these are the results of the final weights. The best weights are in %s", BEST)
 
 
 def logged_numbers(results: Results) -> dict[str, float]:

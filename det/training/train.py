@@ -16,6 +16,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from crossmae.checkpoints.metadata import safetensors_metadata
 from crossmae.checkpoints.provenance import inherited, recorded_inheritance
 from crossmae.checkpoints.run_checkpoint import MODEL
 from crossmae.files import check_writable, make_folder
@@ -24,11 +25,11 @@ from crossmae.training.config import RunSettings
 from crossmae.training.devices import open_device
 from crossmae.training.processes import Ranks, find_ranks, process_group
 from crossmae.training.resume import is_complete, shorten_schedule
-from det.backbone.record import detector_metadata, training_metadata
-from det.backbone.weights import build_detector, build_trained, load_weights
+from det.backbone.record import describe_shrunk, detector_metadata, size_metadata, training_metadata
+from det.backbone.weights import build_detector, build_trained, find_detector, load_weights
 from det.classes import Classes, classes_of, pair_categories, registered_classes, remember_classes, without_spare
 from det.config import FINAL, RECORD, flatten, read_keys
-from det.data.coco import check_classes, check_registered
+from det.data.coco import check_classes, check_registered, read_registered
 from det.data.loader import (
     WORKERS_KEY,
     NamingMapper,
@@ -142,6 +143,7 @@ def build_job(
         origin = inherited(loaded.licence, loaded.assumed, Path(cfg.MODEL.WEIGHTS).name)
     values, data = dict(flatten(cfg)), data_names(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     metadata = origin | detector_metadata(values, classes) | training_metadata(values, data, len(samples))
+    metadata |= size_metadata([(one["height"], one["width"]) for one in records if "height" in one and "width" in one])
     # The optimizer, and the evaluations.
     groups = parameter_groups(model, solver, depth)
     # detectron2 clips in the optimizer's step. With a loss scaler, a fused step would clip scaled gradients.
@@ -211,6 +213,15 @@ def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) 
             pair_categories(classes, number, without_spare(registered, classes, empty, where).names, where)
 
 
+def warn_of_shrunk(cfg: CfgNode) -> None:
+    """Warn of test images that are shrunk more than training images."""
+    entries = read_registered(cfg.DATASETS.TEST[0])[0]["images"]
+    sizes = {str(one["file_name"]): (one["height"], one["width"]) for one in entries if "file_name" in one}
+    metadata = safetensors_metadata(find_detector(Path(cfg.MODEL.WEIGHTS)))
+    if line := describe_shrunk(metadata, sizes, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST):
+        log.warning("%s", line)
+
+
 @library_warnings_ignored()
 def evaluate_only(cfg: CfgNode) -> Results:
     """Evaluate the detector in `MODEL.WEIGHTS` on `DATASETS.TEST`.
@@ -235,5 +246,6 @@ def evaluate_only(cfg: CfgNode) -> Results:
             start_file()
             results = evaluate(cfg, model)
             if comm.is_main_process():
+                warn_of_shrunk(cfg)
                 log.info("report in %s", write_report(folder))
     return results

@@ -59,3 +59,14 @@ def test_from_labels_to_an_ap_and_again(data: Path, labels: str) -> None:
     again = subprocess.run(command, cwd=data, capture_output=True, text=True, check=True)
     assert again.stdout.count(": reused, took ") == 3
     assert (data / "out/report.html").is_file()
+
+
+def test_paths_have_no_detours_and_stay_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "far/inner").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "clone/link").symlink_to(tmp_path / "far/inner")
+    monkeypatch.chdir(tmp_path / "clone")
+    assert run.plain_path(Path("../images")) == tmp_path / "images"
+    assert run.plain_path(Path("link")) == tmp_path / "clone/link"
+    assert run.plain_path(Path("link/../x")) == (tmp_path / "far/x").resolve()

@@ -33,6 +33,10 @@ from crossmae.files import load_json, load_yaml, make_folder
 OPENED = 3  # files of a kind that are looked into
 MASK_FOLDERS = COMPANIONS - {"label", "labels", "annotation", "annotations", "annot", "annots"}
 KNOWN = "COCO json, YOLO, Pascal VOC, LabelMe and masks as PNG files"
+MASK_LAYOUT = (
+    "A mask of images/a.png is masks/a.png or masks/CLASS/a.png, and a folder that images have, too, is no class: "
+    "see docs/data.md"
+)
 # Other formats by words at the start of a file: what they are, and what to export instead.
 OTHER_STARTS = {
     "<annotations": ("CVAT's own XML", "Export it from CVAT as COCO 1.0"),
@@ -295,7 +299,7 @@ def _describe_unknown(folder: Path, names: list[str]) -> str:
     there = shorten([f"{count:,} {printable(kind)}" for kind, count in kinds.most_common()]) or "no files"
     pictures = bool(names) and all(map(is_image_name, names))
     advice = "If they are masks, name the images with --images" if pictures else f"Name one of {KNOWN}"
-    return f"no annotations of a known format: {there}. {advice}."
+    return f"no annotations of a known format: {there}. {advice}. {MASK_LAYOUT}."
 
 
 def _recognize_other(paths: list[Path]) -> str:

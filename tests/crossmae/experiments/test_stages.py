@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -217,3 +218,22 @@ def test_commands_outside_of_a_clone_are_subcommands(three: list[Stage], monkeyp
     assert shlex.split(stage.command)[-2:] == ["tools/pretrain.py", "data.train=a b"]
     monkeypatch.setattr("crossmae.experiments.stages.IN_WHEEL", True)
     assert stage.command == "crossmae pretrain 'data.train=a b'"
+
+
+def test_a_stage_of_a_subcommand_is_a_subcommand(monkeypatch: pytest.MonkeyPatch):
+    stage = Stage("pretrain", "t", "tools/pretrain.py", ("--help",), ("run",))
+    assert stage.arguments[1].endswith("tools/pretrain.py")
+    monkeypatch.setattr("sys.argv", ["crossmae run", "IMAGES"])
+    assert stage.command == "crossmae pretrain --help"
+    told = subprocess.run(stage.arguments, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("usage: crossmae pretrain ")
+
+
+def test_printed_paths_are_the_shortest_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = (f"{tmp_path}/here/a b", f"data.train={tmp_path}/x", "data.val=y", "/", "-x", f"{tmp_path}/here/-z", "a=")
+    stage = Stage("pretrain", "t", "tools/pretrain.py", words, ("run",))
+    printed = shlex.split(stage.short_command)[2:]
+    assert printed == ["a b", "data.train=../x", "data.val=y", "/", "-x", f"{tmp_path}/here/-z", "a="]
+    assert shlex.split(stage.command)[2:] == list(words)
