@@ -213,12 +213,12 @@ def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) 
             pair_categories(classes, number, without_spare(registered, classes, empty, where).names, where)
 
 
-def warn_of_shrunk(cfg: CfgNode) -> None:
+def warn_of_shrunk(weights: Path, name: str, shortest: int, longest: int) -> None:
     """Warn of test images that are shrunk more than training images."""
-    entries = read_registered(cfg.DATASETS.TEST[0])[0]["images"]
+    entries = read_registered(name)[0]["images"]
     sizes = {str(one["file_name"]): (one["height"], one["width"]) for one in entries if "file_name" in one}
-    metadata = safetensors_metadata(find_detector(Path(cfg.MODEL.WEIGHTS)))
-    if line := describe_shrunk(metadata, sizes, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST):
+    metadata = safetensors_metadata(find_detector(weights))
+    if line := describe_shrunk(metadata, sizes, shortest, longest):
         log.warning("%s", line)
 
 
@@ -246,6 +246,9 @@ def evaluate_only(cfg: CfgNode) -> Results:
             start_file()
             results = evaluate(cfg, model)
             if comm.is_main_process():
-                warn_of_shrunk(cfg)
+                inputs = cfg.INPUT
+                warn_of_shrunk(
+                    Path(cfg.MODEL.WEIGHTS), cfg.DATASETS.TEST[0], inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST
+                )
                 log.info("report in %s", write_report(folder))
     return results
