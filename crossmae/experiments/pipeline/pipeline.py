@@ -21,6 +21,7 @@ from crossmae.errors import UserError, counted
 from crossmae.experiments.commands import busy_share, describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
+    count_unlabelled,
     describe_crops,
     labelled_paths,
     look_at_images,
@@ -394,10 +395,12 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
     empty = about["counts"]["train"]["empty"]
     left_out = f" ({empty:,} without objects, which the detector leaves out)" if empty else ""
+    bare = count_unlabelled(trainings.pretrain_list, request.output / "data")
+    unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training{left_out}, {trainings.val.count:,} for validation",
+        f"for training{left_out}, {trainings.val.count:,} for validation{unlabelled}",
     }
     if trainings.objects:
         numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}
