@@ -132,7 +132,7 @@ def group_by_split(reading: FormatReading, images: Sequence[tuple[str, Annotated
 def remark_unlabelled(
     reading: FormatReading, images: Sequence[AnnotatedImage], unlabelled: int, label: str, statement: str
 ) -> None:
-    """Count labelled and unlabelled images in one remark, if there are both.
+    """Add a remark that counts labelled and unlabelled images, if any.
 
     Args:
         images: labelled images.

@@ -78,6 +78,8 @@ def read_yolo_yaml(path: Path, images: Path | None) -> FormatReading:
         named = {UNSPLIT: next(iter(named.values()))}
     lists = {split: list(dict.fromkeys(paths)) for split, paths in named.items()}
     files = {split: [_label_of(one) for one in paths] for split, paths in lists.items()}
+    if lost := _lost_labels({label for labels in files.values() for label in labels if label}):
+        reading.remarks.append(f"{counted(len(lost), 'label file')} without an image, such as {lost[0]}: left out")
     states_empty = _has_empty([label for labels in files.values() for label in labels])
     for split, unique in lists.items():
         missing = [one for one in unique if not os.path.isfile(one)]
@@ -176,7 +178,7 @@ def _read_images(
 
 
 def _remark_bare(reading: FormatReading, images: Sequence[AnnotatedImage], bare: int, unlabelled: int) -> None:
-    """Count images without a label file, of which none or all are unlabelled."""
+    """Count images without a label file: none or all are unlabelled."""
     remark_unlabelled(reading, images, unlabelled, "a txt", "save an empty txt")
     if bare > unlabelled:
         reading.remarks.append(
@@ -305,6 +307,15 @@ def _label_of(image: str) -> str:
     name = os.path.splitext(os.path.basename(image))[0] + ".txt"
     places = [os.path.join(folder, name) for folder in (_parallel(image), os.path.dirname(image)) if folder]
     return next((place for place in places if os.path.isfile(place)), "")
+
+
+def _lost_labels(used: set[str]) -> list[str]:
+    """List other label files in the folders `labels` of those that are used."""
+    folders = sorted({os.path.dirname(path) for path in used if f"{os.sep}labels{os.sep}" in path})
+    paths = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder))]
+    return [
+        one for one in paths if one.endswith(".txt") and one not in used and os.path.basename(one) not in CLASS_FILES
+    ]
 
 
 def _find_classes(folder: Path, images: Path, reading: FormatReading) -> dict[str, int]:

@@ -449,6 +449,15 @@ def test_a_split_of_yolo_is_judged_by_itself_and_by_the_empty_files_of_others(tm
     assert [len(objects(found, split)) for split in ("train", "val")] == [3, 2]
 
 
+def test_a_label_file_without_an_image_is_counted_with_a_data_yaml(tmp_path: Path) -> None:
+    write_yolo(tmp_path, {"x": BOX, "y": BOX})
+    write(tmp_path / "labels/classes.txt", "a\nb\n")
+    gone = write(tmp_path / "labels/gone.txt", BOX)
+    found = read_annotations(tmp_path / "data.yaml")
+    assert found.remarks[-1] == f"1 label file without an image, such as {gone}: left out"
+    assert list(objects(found)) == ["x.jpg", "y.jpg"]
+
+
 def test_coco_images_without_annotations_have_no_objects_and_others_are_no_images(tmp_path: Path) -> None:
     for at, name in enumerate("xyz"):
         write_image(tmp_path / f"{name}.jpg", at)
