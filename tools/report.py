@@ -59,6 +59,11 @@ ONE_RUN = (
     "The detector was trained once. Trainings that differ only in their seed also differ in AP, often by several "
     "points. With --compare, tools/run.py also trains the same detector from random weights."
 )
+LOW_AP50 = 5.0  # percent: below it, a detector finds almost nothing
+ALMOST_NOTHING = (
+    "The detector finds almost nothing. Probable reasons: {reasons}. Compare true and predicted objects on the page: "
+    "labels that are shifted, or that mark only some of the objects, have the same effect. "
+)
 ONE_OF_TWO = "Only one of the two detectors is trained, so there is nothing to compare yet."
 HEADLINES = [f"{word} {key}" for key in ("AP", "AP50") for word in TASKS.values()]  # columns of the comparison
 
@@ -101,6 +106,7 @@ class PageInputs(FileContent):
         neighbours: what nearest neighbours measure.
         facts: images, labels and machine in words.
         plan: stages with expected times.
+        doubts: why a detector may find almost nothing, known from the plan.
     """
 
     title: str
@@ -112,6 +118,7 @@ class PageInputs(FileContent):
     neighbours: str = "the share of crops of objects and background whose class is found by the encoder's features"
     facts: dict[str, str] = Field({})
     plan: list[StageOfPlan] = Field([])
+    doubts: list[str] = Field([])
 
     @property
     def stages(self) -> list[str]:
@@ -160,14 +167,29 @@ def comparison_section(
     caption = f"AP and AP50 on held-out images, in percent. A full bar is 100. {text}{AP_TEXT}"
     blocks: list[page.PageBlock] = [comparison_table(found, differences, caption)] if found else []
     blocks += [run.missing(arm.file(RESULTS), f"average precision from {arm.start}") for arm in arms if not arm.results]
+    low = explain_low_ap(arms, inputs.doubts)
     if len(arms) < 2:
-        return page.Section("Result", advise(ONE_OF_TWO if len(inputs.arms) > 1 else ONE_RUN), blocks)
+        return page.Section("Result", advise(low + (ONE_OF_TWO if len(inputs.arms) > 1 else ONE_RUN)), blocks)
     if not differences:
         needed = (inputs.annotations, *(arm.file(PREDICTIONS) for arm in arms))
         blocks += [run.missing(name, "difference of the APs") for name in needed if name in run.faults]
     if inputs.worth and inputs.train and inputs.val:
         blocks.append(worth_command(run.path, inputs.worth, inputs.train, inputs.val))
-    return page.Section("Comparison", advise(verdict(differences)), blocks)
+    return page.Section("Comparison", advise(low + verdict(differences)), blocks)
+
+
+def explain_low_ap(arms: Sequence[Arm], doubts: Sequence[str]) -> str:
+    """Tell why no detector finds anything; "" if one does.
+
+    Args:
+        doubts: reasons that the plan knows.
+    """
+    found = [value for arm in arms if (value := headlines(arm.results)[HEADLINES.index("box AP50")]) is not None]
+    if not found or max(found) >= LOW_AP50:
+        return ""
+    return ALMOST_NOTHING.format(
+        reasons="; ".join(doubts) or "a short training, or objects that are hard to tell apart"
+    )
 
 
 def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> str:
@@ -479,10 +501,13 @@ def build_report(
     return page.Report(inputs.title, lead, facts(arms, record, unfinished), shown, environment())
 
 
-def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference], unfinished: str = "") -> str:
+def summary(
+    arms: Sequence[Arm], differences: Mapping[str, ApDifference], unfinished: str = "", doubts: Sequence[str] = ()
+) -> str:
     """Format the results for a terminal.
 
     Args:
+        doubts: why a detector may find almost nothing.
         unfinished: what is not finished, in words; "" for a finished run.
     """
     if unfinished:
@@ -495,7 +520,8 @@ def summary(arms: Sequence[Arm], differences: Mapping[str, ApDifference], unfini
         cells = ("-" if value is None else f"{value:.1f}" for value in headlines(arm.results))
         lines.append(f"{arm.start:<18}" + "".join(f"{cell:>11}" for cell in cells))
     text = verdict(differences) if len(arms) > 1 else ONE_RUN
-    return "\n".join([*lines, "", *textwrap.wrap(advise(text), 110)]) + "\n"
+    text = advise(explain_low_ap(arms, doubts) + text)
+    return "\n".join([*lines, "", *textwrap.wrap(text, 110)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -513,7 +539,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = run.path / "report.html"
     build_report(run, inputs, record, arms, truth, differences).write(target)
     left = record.unfinished(inputs.stages)
-    write_text(run.path / "summary.txt", summary(arms, differences, record.describe(left) if left else ""))
+    text = summary(arms, differences, record.describe(left) if left else "", inputs.doubts)
+    write_text(run.path / "summary.txt", text)
     print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 

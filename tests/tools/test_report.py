@@ -106,6 +106,19 @@ def test_whole_page(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert "python tools/b.py" in html
     assert 'class="card missing"' not in html
     assert "report.html" in capsys.readouterr().out
+    assert "almost nothing" not in html + summary
+
+
+@pytest.mark.parametrize("doubts", [[], ["9 steps of a detector", "objects of 3 pixels"]])
+def test_an_ap_near_zero_is_explained(folder: Path, doubts: list[str]):
+    for arm in DETECTORS:
+        values = {"AP": 0.2, "AP50": 0.9, "AP75": 0.0}
+        write(folder / arm / "results.json", {"bbox": values, "segm": values, "classes": []})
+    write(folder / PIPELINE_RECORD, {"page": PAGE | {"doubts": doubts}})
+    main([str(folder)])
+    for text in ((folder / "report.html").read_text(), " ".join((folder / "summary.txt").read_text().split())):
+        assert "finds almost nothing. Probable reasons: " in text
+        assert ("; ".join(doubts) or "a short training") in text
 
 
 def sections(folder: Path) -> dict[str, Section]:

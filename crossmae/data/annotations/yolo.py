@@ -310,12 +310,10 @@ def _label_of(image: str) -> str:
 
 
 def _lost_labels(used: set[str]) -> list[str]:
-    """List other label files in the folders `labels` of those that are used."""
+    """List unused label files next to used ones, in folders `labels`."""
     folders = sorted({os.path.dirname(path) for path in used if f"{os.sep}labels{os.sep}" in path})
-    paths = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder))]
-    return [
-        one for one in paths if one.endswith(".txt") and one not in used and os.path.basename(one) not in CLASS_FILES
-    ]
+    names = [(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if name not in CLASS_FILES]
+    return [path for path in (os.path.join(*one) for one in names) if path.endswith(".txt") and path not in used]
 
 
 def _find_classes(folder: Path, images: Path, reading: FormatReading) -> dict[str, int]:

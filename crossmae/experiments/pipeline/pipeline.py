@@ -7,7 +7,7 @@ interruption, and tools/report.py can write the page again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,19 @@ from crossmae.experiments.pipeline.plan import (
     FEWEST_DETECT_EPOCHS,
     PAGE_SECONDS,
     PRETRAIN_SHARE,
+    SMALL_OBJECT,
     TimePlan,
     Timing,
     describe_plan,
     detect_steps_left,
     is_too_short,
+    list_doubts,
     make_plan,
     planned_stages,
     refuse_short_budget,
 )
 from crossmae.experiments.pipeline.trainings import (
     LAPTOP,
-    LEAST_OBJECT,
     ONE_GPU,
     START_SECONDS,
     LabelledSplit,
@@ -68,8 +69,11 @@ RECORD, PAGE = PIPELINE_RECORD, "report.html"
 HELD_OUT, HELD_OUT_EVERY = 100, 20  # without labels: at most so many images, one of so many, for the held-out loss
 MOST_BUSY = 0.25  # share of the cores that other programs may use without a warning
 OWN, RANDOM = PIPELINE_DETECTOR, "detect-random"  # stages
-# Key in the log of pretraining, words, factor, and 1 if larger is better.
-FEATURE_CHECKS = (("knn_accuracy", "nearest neighbours (%)", 100.0, 1), ("val_loss", "held-out loss", 1.0, -1))
+# Key in the log of pretraining, what it tells about, words, factor, and 1 if larger is better.
+FEATURE_CHECKS = (
+    ("knn_accuracy", "features", "nearest neighbours (%)", 100.0, 1),
+    ("val_loss", "reconstruction of held-out images", "loss", 1.0, -1),
+)
 STARTS = {RANDOM: "random weights", OWN: "own pretraining"}  # what the detectors start from
 
 
@@ -198,7 +202,7 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         keep(request, decision)
     else:
         decision = _DECISION.validate_python(decided)
-    print_plan(decision)
+    print_plan(decision, doubts_of(request, decision))
     if dry_run:
         return
     yield pretrain_stage(request, decision)
@@ -222,6 +226,7 @@ def keep(request: Request, decision: Decision) -> None:
         "facts": decision.facts,
         "plan": [stage._asdict() for stage in planned_stages(decision.plan, sizes_in_words(decision))],
         "arms": {name: STARTS[name] for name in request.detectors},
+        "doubts": doubts_of(request, decision),
     }
     for split in ("train", "val"):
         if part := getattr(trainings, split):
@@ -296,7 +301,7 @@ def decide(request: Request, look: Look, started: float) -> Decision:
         return plan, timing
 
     plan, timing = plan_for(size)
-    least = LEAST_OBJECT / trainings.object_share if trainings.object_share else 0.0
+    least = SMALL_OBJECT / trainings.object_share if trainings.object_share else 0.0
     while request.size is None and plan.detect and is_too_short(plan.detect):
         smaller = smaller_size(recipe, size, plan.detect.epochs, FEWEST_DETECT_EPOCHS, least)
         if smaller is None:
@@ -380,10 +385,9 @@ def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
             f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
             "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
         )
-    train, val = (
-        LabelledSplit(folder / f"{name}.json", Path(folders[name]), about["counts"][name]["images"])
-        for name in ("train", "val")
-    )
+    counts = {name: about["counts"][name]["images"] for name in ("train", "val")}
+    counts["train"] -= about["counts"]["train"]["empty"]  # the detector leaves them out
+    train, val = (LabelledSplit(folder / f"{name}.json", Path(folders[name]), count) for name, count in counts.items())
     return train, val
 
 
@@ -394,9 +398,9 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     about = read_json(request.output / "data" / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
     empty = about["counts"]["train"]["empty"]
-    left_out = f" ({empty:,} without objects, which the detector leaves out)" if empty else ""
     bare = count_unlabelled(trainings.pretrain_list, request.output / "data")
     unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
+    left_out = f" ({empty:,} more have no objects, and the detector leaves them out)" if empty else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
@@ -420,9 +424,24 @@ def sizes_in_words(decision: Decision) -> list[str]:
     ]
 
 
-def print_plan(decision: Decision) -> None:
-    """Print the plan."""
+def doubts_of(request: Request, decision: Decision) -> list[str]:
+    """List the reasons why the detector may find almost nothing."""
+    if decision.plan.detect is None or decision.detect_timing is None:
+        return []
+    return list_doubts(
+        decision.plan,
+        decision.detect_steps or decision.plan.detect.steps,
+        decision.detect_timing,
+        object_pixels=decision.trainings.object_share * decision.size,
+        pretrain_share=request.pretrain_share,
+    )
+
+
+def print_plan(decision: Decision, doubts: Sequence[str] = ()) -> None:
+    """Print the plan, and why the detector may find almost nothing."""
     print(f"plan:\n{describe_plan(decision.plan, sizes_in_words(decision))}")
+    if doubts:
+        print(f"warning: this detector may find almost nothing ({'; '.join(doubts)})")
     print("stop any time with Ctrl-C; the same command continues", flush=True)
 
 
@@ -483,14 +502,15 @@ def choose_detect_steps(request: Request, decision: Decision) -> int:
 
 
 def print_features(log_path: Path) -> None:
-    """Print whether features improved in pretraining."""
+    """Print whether features and reconstruction improved in pretraining."""
     rows = read_json_lines(log_path)
-    for key, name, unit, better in FEATURE_CHECKS:
+    for key, subject, name, unit, better in FEATURE_CHECKS:
         values = [unit * row[key] for row in rows if key in row]
         if len(values) > 1:
             improved = better * (values[-1] - values[0]) > 0
             verdict = "improved" if improved else "did not improve"
             advice = "" if improved else ". Give a longer --budget, more images, or --weights"
             print(
-                f"features {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{advice}", flush=True
+                f"{subject} {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{advice}",
+                flush=True,
             )

@@ -17,6 +17,9 @@ MOST_PRETRAIN_EPOCHS = 800  # as published; more passes over few images show the
 MOST_DETECT_EPOCHS = 100  # the longest published schedule of ViTDet
 FEWEST_DETECT_EPOCHS = 8  # with fewer, smaller images are the better use of the time
 FEWEST_DETECT_STEPS = 50
+FEW_DETECT_STEPS = 400  # with fewer, heads that start from random weights may find almost nothing
+FEW_DETECT_IMAGES = 50  # labelled
+SMALL_OBJECT = 16  # pixels of the longer side, as the detector sees it: a patch
 LEAST_TRAINING = 0.4  # share of the budget that is left for training, without an error
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -181,6 +184,32 @@ def detect_steps_left(plan: TimePlan, spent: float, timing: Timing, images: int)
     left = plan.budget - spent - PAGE_SECONDS - plan.detectors * timing.overhead
     fitting = detect_length(left / plan.detectors, images, timing).steps if left > 0 else 1
     return min(max(fitting, math.ceil(planned / 2)), planned * 3 // 2)
+
+
+def list_doubts(
+    plan: TimePlan, steps: int, timing: Timing, *, object_pixels: float, pretrain_share: float = PRETRAIN_SHARE
+) -> list[str]:
+    """List the reasons why a detector of this plan may find almost nothing.
+
+    Args:
+        steps: of each detector.
+        object_pixels: longer side of the median training object, as the detector sees it; 0: unknown.
+        pretrain_share: percent of the training time.
+    """
+    assert plan.detect is not None
+    found, images = [], round(plan.detect.images)
+    if images < FEW_DETECT_IMAGES:
+        found.append(f"{counted(images, 'labelled image')} with objects: label more, or start from public --weights")
+    elif steps < FEW_DETECT_STEPS:
+        seconds = plan.detectors * (FEW_DETECT_STEPS - steps) * timing.step / (1 - pretrain_share / 100)
+        enough = math.ceil((plan.budget + seconds) / 60)
+        found.append(f"{counted(steps, 'step')} of a detector: --budget {enough}m has about {FEW_DETECT_STEPS}")
+    if 0 < object_pixels < SMALL_OBJECT:
+        found.append(
+            f"half of the objects are at most {object_pixels:.0f} pixels long as the detector sees them: cut the "
+            "images into smaller ones, or give --size"
+        )
+    return found
 
 
 class PlannedStage(NamedTuple):

@@ -20,7 +20,6 @@ from crossmae.pretraining.config import PretrainConfig, load_config
 START_SECONDS = 10.0  # of a training program, about, on an idle core
 TIMED_DETECTION = 12  # steps of a short run
 MOST_TIMED_IMAGES = 32  # validation images of a short run
-LEAST_OBJECT = 16  # pixels of the longer side of the median object: a patch
 EVALUATIONS = 4  # during pretraining
 CONTINUED_LR = "optim.lr=1.5e-4"  # of pretrain/continue.yaml: a higher rate forgets more of the weights
 # Names of model sizes by their width. The decoder has the size of this model, unless the file records another.
@@ -66,7 +65,8 @@ class LabelledSplit:
     """Labelled images of a detector.
 
     Attributes:
-        json: COCO file. images: the folder of its images. count: number of images.
+        json: COCO file. images: the folder of its images.
+        count: number of images that are used. Images without objects are evaluated, but not trained on.
     """
 
     json: Path

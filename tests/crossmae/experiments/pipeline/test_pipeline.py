@@ -267,6 +267,48 @@ def test_small_objects_keep_the_size_of_their_images(request_of: Request, monkey
     assert read_json(request_of.output / RECORD)["decision"]["size"] == 320
 
 
+def test_images_without_objects_are_no_epochs_of_the_detector(request_of: Request, tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["annotations"] = content["annotations"][: COUNT // 2]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    start(request_of)
+    counts = read_json(request_of.output / "data/split.json")["counts"]
+    decision = read_json(request_of.output / RECORD)["decision"]
+    assert decision["trainings"]["train"]["count"] == counts["train"]["images"] - counts["train"]["empty"] < 32
+    assert decision["plan"]["detect"]["images"] == decision["trainings"]["train"]["count"]
+    assert decision["trainings"]["val"]["count"] == counts["val"]["images"] == 8
+
+
+def test_a_plan_that_may_find_nothing_says_so_before_the_training_and_on_the_page(
+    request_of: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "object_share", lambda _: 0.01)
+    start(request_of)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    doubts = read_json(request_of.output / RECORD)["page"]["doubts"]
+    assert line == f"warning: this detector may find almost nothing ({'; '.join(doubts)})"
+    assert "32 labelled images" in doubts[0]
+    assert "pixels long as the detector sees them" in doubts[1]
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "losses", "told"),
+    [
+        ((0.3, 0.4), (0.9, 0.5), ["features improved", "reconstruction of held-out images improved"]),
+        ((0.4, 0.3), (0.9, 0.5), ["features did not improve", "reconstruction of held-out images improved"]),
+        ((), (0.9, 0.9), ["reconstruction of held-out images did not improve"]),
+        ((0.3,), (), []),
+    ],
+)
+def test_features_and_reconstruction_have_lines_of_their_own(
+    neighbours: tuple[float, ...], losses: tuple[float, ...], told: list[str], tmp_path: Path, capsys
+) -> None:
+    rows = [{"knn_accuracy": value} for value in neighbours] + [{"val_loss": value} for value in losses]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pipeline.print_features(tmp_path / "log.jsonl")
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == told
+
+
 def test_without_labels_there_is_only_pretraining(request_of: Request) -> None:
     request = replace(request_of, labels=None)
     stages = start(request)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossmae.errors import UserError
 from crossmae.experiments.pipeline.plan import (
+    FEW_DETECT_IMAGES,
+    FEW_DETECT_STEPS,
     FEWEST_DETECT_STEPS,
     MOST_DETECT_EPOCHS,
     MOST_PRETRAIN_EPOCHS,
@@ -16,6 +20,7 @@ from crossmae.experiments.pipeline.plan import (
     describe_plan,
     detect_length,
     detect_steps_left,
+    list_doubts,
     make_plan,
     parse_duration,
     pretrain_length,
@@ -119,3 +124,32 @@ def test_without_labels_all_time_is_pretraining():
 def test_a_few_images_get_a_few_steps():
     assert detect_length(10**6, 3, Timing(1.0, 0.1, 2)).steps == 150
     assert detect_length(10**6, 1, Timing(1.0, 0.1, 2)).steps == FEWEST_DETECT_STEPS
+
+
+@given(st.floats(400, 1500), st.integers(1, 2), st.floats(5, 60))
+@settings(deadline=None)
+def test_the_budget_named_in_a_doubt_has_enough_steps(budget: float, detectors: int, share: float):
+    def doubts_of(budget: float) -> tuple[int, list[str]]:
+        plan = plan_for(budget, detectors=detectors, pretrain_share=share)
+        assert plan.detect is not None
+        return plan.detect.steps, list_doubts(plan, plan.detect.steps, DETECT, object_pixels=0, pretrain_share=share)
+
+    steps, found = doubts_of(budget)
+    assert bool(found) == (steps < FEW_DETECT_STEPS)
+    if found:
+        enough = 60 * int(re.search(r"--budget (\d+)m has about", found[0])[1])
+        assert doubts_of(enough)[0] >= FEW_DETECT_STEPS - 2
+        assert doubts_of(enough - 120)[0] < FEW_DETECT_STEPS * 1.05
+
+
+@pytest.mark.parametrize(("pixels", "doubted"), [(0, False), (6.4, True), (15.9, True), (16, False), (200, False)])
+def test_objects_smaller_than_a_patch_are_a_doubt(pixels: float, doubted: bool):
+    plan = plan_for(3600)
+    found = list_doubts(plan, FEW_DETECT_STEPS, DETECT, object_pixels=pixels)
+    assert [f"at most {pixels:.0f} pixels long" in one for one in found] == [True] * doubted
+
+
+def test_few_labels_are_a_doubt_that_no_budget_mends():
+    (found,) = list_doubts(plan_for(3600, FEW_DETECT_IMAGES - 1), FEWEST_DETECT_STEPS, DETECT, object_pixels=0)
+    assert found.startswith("49 labelled images")
+    assert "--budget" not in found
