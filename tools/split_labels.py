@@ -6,7 +6,8 @@
 
 LABELS are a COCO json, a data.yaml of YOLO, or a folder with labels of YOLO, Pascal VOC, LabelMe, Roboflow, CVAT, or
 masks as PNG files. The format is recognised. Every class keeps its share on both sides, and images with the same bytes
-stay on one side. Labels that already have splits keep them. Written into --output:
+stay on one side. An image without a label file is unlabelled, and on no side (for YOLO, see docs/data.md). Labels that
+already have splits keep them. Written into --output:
     train.json, val.json    COCO files with names relative to the image folder; test.json if LABELS have it
     split.json              the format, the image folder of each file, counts, classes and the seed
 """
