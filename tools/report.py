@@ -179,7 +179,9 @@ def comparison_section(
 
 
 def explain_low_ap(arms: Sequence[Arm], doubts: Sequence[str]) -> str:
-    """Tell why no detector finds anything; "" if one does.
+    """Tell why no detector finds anything.
+
+    Returns "" if one does.
 
     Args:
         doubts: reasons that the plan knows.
@@ -187,9 +189,7 @@ def explain_low_ap(arms: Sequence[Arm], doubts: Sequence[str]) -> str:
     found = [value for arm in arms if (value := headlines(arm.results)[HEADLINES.index("box AP50")]) is not None]
     if not found or max(found) >= LOW_AP50:
         return ""
-    return ALMOST_NOTHING.format(
-        reasons="; ".join(doubts) or "a short training, or objects that are hard to tell apart"
-    )
+    return ALMOST_NOTHING.format(reasons="; ".join(doubts) or "a short training, or objects that are hard to find")
 
 
 def training_text(run: RunFolder, inputs: PageInputs, arms: Sequence[Arm]) -> str:

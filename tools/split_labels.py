@@ -6,9 +6,9 @@
 
 LABELS are a COCO json, a data.yaml of YOLO, or a folder with labels of YOLO, Pascal VOC, LabelMe, Roboflow, CVAT, or
 masks as PNG files. A mask has the name of its image and a value per object: masks/a.png, or masks/CLASS/a.png. A folder
-that the images have, too, is no class (docs/data.md). The format is recognised. Every class keeps its share on both
-sides, and images with the same bytes stay on one side. Labels that already have splits keep them. Written into
---output:
+that the images have, too, is no class (docs/data.md). The format is recognised. An image without a label file is
+unlabelled, and on no side (for YOLO, see docs/data.md). Every class keeps its share on both sides, and images with the
+same bytes stay on one side. Labels that already have splits keep them. Written into --output:
     train.json, val.json    COCO files with names relative to the image folder; test.json if LABELS have it
     split.json              the format, the image folder of each file, counts, classes and the seed
 """

@@ -117,6 +117,26 @@ def test_errors_are_one_line_and_nothing_is_written(
     assert Path("foreign/train.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("extra", [(), ("--by-folder",)], ids=["images", "folders"])
+def test_unlabelled_images_are_on_no_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], extra: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for at in range(24):  # of which 8 have a mask, 4 have a mask of zeros, and 12 have none
+        write_image(Path(f"images/{'ab'[at % 2]}/{at}.jpg"), at)
+        if at < 12:
+            mask = np.eye(30, 40, dtype=np.uint8) * (at < 8)
+            Image.fromarray(mask).save(write(Path(f"masks/{'ab'[at % 2]}/{at}.png"), b""))
+    assert exit_code(main, "masks", "--images", "images", "--output", "out", "--val", "0.5", *extra) == 0
+    names = file_names("out/train.json") + file_names("out/val.json")
+    assert sorted(names) == sorted(f"{'ab'[at % 2]}/{at}.jpg" for at in range(12))
+    counts = read("out/split.json")["counts"].values()
+    assert [(own["images"], own["empty"]) for own in counts] == [(6, 2), (6, 2)]
+    assert capsys.readouterr().out.startswith(
+        "masks: 12 of 24 images are labelled, 4 of them without objects. Left out as unlabelled: 12 without a mask."
+    )
+
+
 def test_the_commands_of_the_page_work(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,20 @@ def test_both_splits_of_a_data_yaml_are_converted_and_registered(
         assert [one["file_name"] for one in content["images"]] == [one["file_name"] for one in written["images"]]
 
 
+def test_unlabelled_images_are_left_out_with_a_line(
+    trained: list[Any], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(Path("labelme/bare.jpg"), 99)
+    line = "labelme: 3 of 4 images are labelled, 0 of them without objects. Left out as unlabelled: 1 without a json."
+    with caplog.at_level("INFO"):
+        assert run("--train-json", "labelme", "--val-json", "yolo") == 0
+    assert line in caplog.text
+    written = json.loads(Path("out/labels/train.json").read_text())
+    assert [entry["file_name"] for entry in written["images"]] == [f"{at}.jpg" for at in range(3)]
+    exit_code(check, "labelme", "--no-masks")
+    assert f"\n{line.removeprefix('labelme: ')}" in capsys.readouterr().out
+
+
 def test_labels_of_two_formats_and_a_folder_of_images(trained: list[Any]) -> None:
     assert run("--train-json", "labelme", "--train-images", ".", "--val-json", "yolo", "--val-images", ".") == 0
     names = [[one["file_name"] for one in read_registered(name)[0]["images"]]

@@ -1,7 +1,8 @@
 """LabelMe: a JSON file per image with polygons, rectangles, circles and masks, in pixels.
 
 Shapes of the same label and `group_id` are one object. A rectangle is a box without a mask. Points and lines are left
-out, and counted. `imageData`, a copy of the image, is ignored.
+out, and counted. `imageData`, a copy of the image, is ignored. A file without shapes states that its image has no
+objects. An image without a file, or with points and lines only, is unlabelled, and left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from crossmae.data.annotations.records import (
     FormatReading,
     ImageFinder,
     group_by_split,
+    remark_unlabelled,
     sizes_of,
 )
 from crossmae.data.annotations.run_lengths import encode_values
@@ -48,7 +50,7 @@ def read_labelme(folder: Path, files: Sequence[str], finder: ImageFinder) -> For
     """Read JSON files relative to a folder. Others are left out."""
     reading = FormatReading(LABELME_FORMAT)
     flat, others, missing = Counter[str](), list[str](), 0
-    images = []
+    images, pointed = [], list[str]()
     for name, content in zip(files, map_in_order(lambda name: _load(folder / name), files, bar="labels"), strict=True):
         if isinstance(content, UserError):
             reading.faults.append(str(content.args[0]))
@@ -66,18 +68,23 @@ def read_labelme(folder: Path, files: Sequence[str], finder: ImageFinder) -> For
         except ValueError as error:
             reading.faults.append(f"{folder / name}: {error}")
             continue
-        images.append((name, AnnotatedImage(path, size, objects)))
+        if content["shapes"] and not objects:
+            pointed.append(path)
+        else:
+            images.append((name, AnnotatedImage(path, size, objects)))
     if others:
         reading.remarks.append(f"{counted(len(others), 'json')} of another kind, such as {others[0]}: left out")
     if flat:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in flat.items())
         reading.remarks.append(f"shapes without an area: {kinds}: left out")
+    if pointed:
+        reading.remarks.append(f"{counted(len(pointed), 'image')} with such shapes only: left out as unlabelled")
     if missing:
         reading.remarks.append(f"the images of {counted(missing, 'label file')} were not found")
-    known = {os.path.normpath(image.path) for _, image in images}
-    if bare := sum(os.path.normpath(finder.path(name)) not in known for name in finder.names):
-        reading.remarks.append(f"{counted(bare, 'image')} without a json: left out, as not yet labelled")
-    if twice := [path for path, count in Counter(image.path for _, image in images).items() if count > 1]:
+    paths = [*pointed, *(image.path for _, image in images)]
+    bare = finder.count_others(paths)
+    remark_unlabelled(reading, [image for _, image in images], bare, "a json", "save a json without shapes")
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
         reading.faults.append(f"{twice[0]}: several json files name this image")
     group_by_split(reading, images)
     return reading

@@ -2,6 +2,8 @@
 
 masks/a.png for images/a.jpg             all objects have the class "object"
 masks/cell/a.png for images/a.jpg        the class is the folder
+
+A mask of zeros states that its image has no objects. An image without a mask is unlabelled, and left out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from crossmae.data.annotations.records import (
     FormatReading,
     ImageFinder,
     group_by_split,
+    remark_unlabelled,
     sizes_of,
     split_name,
 )
@@ -81,36 +84,41 @@ def read_masks(folder: Path, files: Sequence[str], finder: ImageFinder) -> Forma
         if len(lost) > len(files) / 2:
             raise UserError(f"{folder}: {line}, in {finder.folder}. Name the folder of the images with --images.")
         reading.remarks.append(f"{line}: left out")
-    pairs = [(image, name, label) for image in finder.names for name, label in owned[image]]
+    labelled = [name for name in finder.names if name in owned]
+    sizes = dict(zip(labelled, sizes_of([finder.path(name) for name in labelled]), strict=True))
+    pairs = [(image, name, label) for image in labelled for name, label in owned[image]]
     objects: dict[str, list[AnnotatedObject]] = defaultdict(list)
     for (image, _, label), found_objects in zip(
-        pairs, map_in_order(lambda one: _read_objects(folder / one[1], one[2]), pairs, bar="masks"), strict=True
+        pairs, map_in_order(lambda one: _read_objects(folder / one[1], sizes[one[0]]), pairs, bar="masks"), strict=True
     ):
         if isinstance(found_objects, str):
             reading.faults.append(found_objects)
         else:
             objects[image] += [one._replace(name=label) for one in found_objects]
-    sizes = sizes_of([finder.path(name) for name in finder.names])
-    images = [
-        (name, AnnotatedImage(finder.path(name), size, objects[name]))
-        for name, size in zip(finder.names, sizes, strict=True)
-    ]
-    if bare := sum(not owned[name] for name in finder.names):
-        reading.remarks.append(f"{bare:,} of {counted(len(images), 'image')} have no mask: taken as without objects")
+    images = [(name, AnnotatedImage(finder.path(name), sizes[name], objects[name])) for name in labelled]
+    bare = len(finder.names) - len(labelled)
+    remark_unlabelled(reading, [image for _, image in images], bare, "a mask", "save a mask of zeros")
     group_by_split(reading, images)
     return reading
 
 
-def _read_objects(path: Path, label: str) -> list[AnnotatedObject] | str:
-    """Read the objects of a mask, or return its fault."""
+def _read_objects(path: Path, size: tuple[int, int]) -> list[AnnotatedObject] | str:
+    """Read the objects of a mask, or return its fault.
+
+    Args:
+        size: (width, height) of its image, 0 if unknown.
+    """
     try:
         values = read_values(path)
     except UserError as error:
         return str(error.args[0])
+    if 0 not in size and values.shape[::-1] != size:
+        own, other = (f"{width}x{height}" for width, height in (values.shape[::-1], size))
+        return f"{path}: is {own} pixels, and its image {other}"
     runs = encode_values(values)
     if len(runs) > MOST_VALUES:
         return f"{path}: has {len(runs):,} values, so it is a photograph or a soft mask"
-    return [AnnotatedObject(label, one.box, one.mask) for _, one in sorted(runs.items())]
+    return [AnnotatedObject(ONE_CLASS, one.box, one.mask) for _, one in sorted(runs.items())]
 
 
 def _without_ending(name: str) -> str:

@@ -129,6 +129,26 @@ def group_by_split(reading: FormatReading, images: Sequence[tuple[str, Annotated
         reading.splits = {name: groups[name] for name in ("train", "val", "test") if name in groups}
 
 
+def remark_unlabelled(
+    reading: FormatReading, images: Sequence[AnnotatedImage], unlabelled: int, label: str, statement: str
+) -> None:
+    """Add a remark that counts labelled and unlabelled images, if any.
+
+    Args:
+        images: labelled images.
+        unlabelled: images that are left out.
+        label: what these images lack, in words.
+        statement: what states that an image has no objects, as an imperative.
+    """
+    if unlabelled:
+        empty = sum(not image.objects for image in images)
+        reading.remarks.append(
+            f"{len(images):,} of {counted(len(images) + unlabelled, 'image')} are labelled, {empty:,} of them without "
+            f"objects. Left out as unlabelled: {unlabelled:,} without {label}. For an image that has no objects, "
+            f"{statement}"
+        )
+
+
 def relative_files(folder: Path) -> list[str]:
     """List all files under a folder, relative, with separators "/", sorted."""
     start = len(os.path.join(folder, ""))
@@ -144,7 +164,8 @@ class ImageFinder:
     """Image files of a folder, found by the names of label files.
 
     `train/labels/a.txt` finds `train/images/a.jpg` and `images/train/a.JPG`: folders in `ROLES` do not count. If no
-    such image exists, the only image of the same base name is found, in any folder.
+    such image exists, the only image of the same base name is found, in any folder. An image is not found by a label in
+    a folder of other images: `b/a.txt` is not of `a/a.jpg` if there are images in `b`.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
@@ -156,10 +177,16 @@ class ImageFinder:
             key = _key(name)
             self._by_key[key].append(name)
             self._by_stem[key[-1]].append(name)
+        self._folders = {part for key in self._by_key for part in key[:-1]}
 
     def path(self, name: str) -> str:
         """Return the absolute path of one of `names`."""
         return os.path.join(self.folder, name)
+
+    def count_others(self, paths: Iterable[str]) -> int:
+        """Count the images that are not among absolute paths."""
+        known = set(map(os.path.normpath, paths))
+        return sum(os.path.normpath(self.path(name)) not in known for name in self.names)
 
     def find(self, label: str, named: str = "") -> list[str]:
         """Find the images of a label file, best matches only.
@@ -170,7 +197,9 @@ class ImageFinder:
         """
         for stem in dict.fromkeys(filter(None, (named, label))):
             key = _key(os.path.join(os.path.dirname(label), os.path.basename(stem)))
-            found = self._by_key.get(key) or self._by_stem.get(key[-1], [])
+            foreign = self._folders.intersection(key[:-1])
+            near = [name for name in self._by_stem.get(key[-1], []) if foreign <= set(_key(name)[:-1])]
+            found = self._by_key.get(key) or near
             exact = [name for name in found if _stem(name) == _stem(stem)]
             whole = (os.path.basename(named), os.path.splitext(os.path.basename(label))[0])  # `a.jpg.txt`
             same = [name for name in exact if os.path.basename(name) in whole]

@@ -3,12 +3,15 @@
 Integer coordinates from 1 count pixels, as VOC defines them, so 1 is subtracted from xmin and ymin. If a file of the
 data set has a coordinate 0 or a fraction, coordinates are edges, and nothing is subtracted. Polygons as Roboflow writes
 them are read. If `SegmentationObject/NAME.png` is there, its value n is the mask of the n-th object.
+
+A file without objects states that its image has none. An image without a file is unlabelled, and left out.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +24,7 @@ from crossmae.data.annotations.records import (
     FormatReading,
     ImageFinder,
     group_by_split,
+    remark_unlabelled,
     with_sizes,
 )
 from crossmae.data.annotations.run_lengths import encode_values
@@ -75,7 +79,11 @@ def read_voc(folder: Path, files: Sequence[str], finder: ImageFinder) -> FormatR
         images.append((name, AnnotatedImage(path, file.size, _with_masks(folder / name, objects, reading))))
     if missing:
         reading.remarks.append(f"the images of {counted(missing, 'label file')} are not in {finder.folder}")
+    paths = [image.path for _, image in images]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        reading.faults.append(f"{twice[0]}: several xml files are of this image")
     sized = with_sizes([image for _, image in images])
+    remark_unlabelled(reading, sized, finder.count_others(paths), "an xml", "save an xml without objects")
     group_by_split(reading, [(name, image) for (name, _), image in zip(images, sized, strict=True)])
     _use_lists(folder, reading)
     return reading

@@ -5,8 +5,11 @@
     a.txt next to a.jpg                classes in classes.txt or obj.names
 
 A row has a class number from 0, then a box (centre x, centre y, width, height) or a polygon (x1, y1, x2, y2, ...).
-A number too many at the end is a score, and ignored. With `kpt_shape` in data.yaml, keypoints are ignored. An image
-without a label file, or with an empty one, has no objects.
+A number too many at the end is a score, and ignored. With `kpt_shape` in data.yaml, keypoints are ignored.
+
+An image with an empty label file has no objects. An image without a label file has none, either, as Ultralytics defines
+the format. But an image that is not labelled yet looks the same. So an image without a file is unlabelled, and left
+out, if other images have empty files, which state that there are no objects, or if most images of a split have no file.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from crossmae.data.annotations.records import (
     group_by_split,
     is_image_name,
     relative_files,
+    remark_unlabelled,
     sizes_of,
 )
 from crossmae.data.parallel import map_in_order
@@ -34,6 +38,7 @@ from crossmae.files import decode_text, load_yaml, read_file
 
 YOLO_FORMAT = "YOLO"
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
+BLANK_BYTES = 8  # larger label files are not looked into for blanks
 MOST_OUTSIDE = 0.1  # share of the image by which a coordinate may leave it
 CLASS_LIMIT = 100_000
 _Row = tuple[int, list[float]]
@@ -71,15 +76,19 @@ def read_yolo_yaml(path: Path, images: Path | None) -> FormatReading:
         named = {UNSPLIT: named["train"]}
     elif len(named) == 1:
         named = {UNSPLIT: next(iter(named.values()))}
-    for split, paths in named.items():
-        unique = list(dict.fromkeys(paths))
+    lists = {split: list(dict.fromkeys(paths)) for split, paths in named.items()}
+    files = {split: [_label_of(one) for one in paths] for split, paths in lists.items()}
+    if lost := _lost_labels({label for labels in files.values() for label in labels if label}):
+        reading.remarks.append(f"{counted(len(lost), 'label file')} without an image, such as {lost[0]}: left out")
+    states_empty = _has_empty([label for labels in files.values() for label in labels])
+    for split, unique in lists.items():
         missing = [one for one in unique if not os.path.isfile(one)]
         reading.faults += [f"{one}: the image does not exist" for one in missing]
-        labels = [_label_of(one) for one in unique]
+        labels = files[split]
         if unique and not any(labels):
             where = _parallel(unique[0]) or os.path.dirname(unique[0])
             reading.faults.append(f"{where}: none of {counted(len(unique), 'image')} has a label file there")
-        reading.splits[split] = _read_images(unique, labels, reading, keypoints)
+        reading.splits[split] = _read_images(unique, labels, reading, keypoints, states_empty)
     return reading
 
 
@@ -105,9 +114,15 @@ def read_yolo_folder(folder: Path, texts: Sequence[str], finder: ImageFinder) ->
         reading.remarks.append(f"{line}: left out")
     reading.classes = _find_classes(folder, Path(finder.folder), reading)
     labels = [str(folder / owned[name]) if name in owned else "" for name in finder.names]
-    read = _read_images([finder.path(name) for name in finder.names], labels, reading, 0)
-    group_by_split(reading, list(zip(finder.names, read, strict=True)))
+    read = _read_images([finder.path(name) for name in finder.names], labels, reading, 0, _has_empty(labels))
+    group_by_split(reading, [(Path(os.path.relpath(one.path, finder.folder)).as_posix(), one) for one in read])
     return reading
+
+
+def _has_empty(labels: Sequence[str]) -> bool:
+    """Check for label files without rows. "" is no file."""
+    sizes = ((label, os.path.getsize(label)) for label in labels if label)
+    return any(size <= BLANK_BYTES and not read_text(label).strip() for label, size in sizes)
 
 
 def are_rows(text: str) -> bool:
@@ -117,9 +132,20 @@ def are_rows(text: str) -> bool:
 
 
 def _read_images(
-    paths: Sequence[str], labels: Sequence[str], reading: FormatReading, keypoints: int
+    paths: Sequence[str], labels: Sequence[str], reading: FormatReading, keypoints: int, states_empty: bool
 ) -> list[AnnotatedImage]:
-    """Read the label files of images, "" for none."""
+    """Read the label files of images, "" for none.
+
+    Unlabelled images are left out.
+
+    Args:
+        states_empty: images without objects have empty files.
+    """
+    bare = labels.count("")
+    unlabelled = bare if states_empty or bare > len(labels) / 2 else 0
+    if unlabelled:
+        paths = [path for path, label in zip(paths, labels, strict=True) if label]
+        labels = list(filter(None, labels))
     texts = list(map_in_order(lambda label: read_text(label) if label else "", labels, bar="labels"))
     images, scores = [], 0
     named, numbers = bool(reading.classes), {number - 1 for number in reading.classes.values()}
@@ -143,16 +169,22 @@ def _read_images(
         names = {number: name for name, number in reading.classes.items()}
         objects = [_object(names[number + 1], values, size, keypoints) for number, values in rows]
         images.append(AnnotatedImage(path, size, objects))
-    empty = sum(not label for label in labels)
-    if empty:
-        reading.remarks.append(
-            f"{empty:,} of {counted(len(paths), 'image')} have no label file: taken as without objects"
-        )
+    _remark_bare(reading, images, bare, unlabelled)
     if scores:
         reading.remarks.append(f"{counted(scores, 'row')} with a score, which is ignored")
     if not named:
         reading.classes = dict(sorted(reading.classes.items(), key=lambda item: item[1]))
     return images
+
+
+def _remark_bare(reading: FormatReading, images: Sequence[AnnotatedImage], bare: int, unlabelled: int) -> None:
+    """Count images without a label file: none or all are unlabelled."""
+    remark_unlabelled(reading, images, unlabelled, "a txt", "save an empty txt")
+    if bare > unlabelled:
+        reading.remarks.append(
+            f"{bare:,} of {counted(len(images), 'image')} have no txt: taken as without objects, as YOLO defines it. "
+            "If they are not labelled yet, save an empty txt for an image that has no objects: then they are left out"
+        )
 
 
 def _parse_row(words: Sequence[str]) -> _Row | None:
@@ -275,6 +307,13 @@ def _label_of(image: str) -> str:
     name = os.path.splitext(os.path.basename(image))[0] + ".txt"
     places = [os.path.join(folder, name) for folder in (_parallel(image), os.path.dirname(image)) if folder]
     return next((place for place in places if os.path.isfile(place)), "")
+
+
+def _lost_labels(used: set[str]) -> list[str]:
+    """List unused label files next to used ones, in folders `labels`."""
+    folders = sorted({os.path.dirname(path) for path in used if f"{os.sep}labels{os.sep}" in path})
+    names = [(folder, name) for folder in folders for name in sorted(os.listdir(folder)) if name not in CLASS_FILES]
+    return [path for path in (os.path.join(*one) for one in names) if path.endswith(".txt") and path not in used]
 
 
 def _find_classes(folder: Path, images: Path, reading: FormatReading) -> dict[str, int]:

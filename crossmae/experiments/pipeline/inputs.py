@@ -17,7 +17,7 @@ from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, counted, printable, shorten
-from crossmae.files import make_folder, put_in_place, temporary_folder, write_text
+from crossmae.files import make_folder, put_in_place, read_json, temporary_folder, write_text
 
 LOOKED_AT = 2000  # images whose headers are read
 DEEP_LOOKED_AT = 16  # images of more than 8 bits whose pixels are read
@@ -155,6 +155,22 @@ def object_share(content: Mapping[str, Any]) -> float:
 def labelled_paths(content: Mapping[str, Any], images: Path) -> list[str]:
     """List the paths of the images of a COCO file."""
     return [str(images / image["file_name"]) for image in content["images"]]
+
+
+def count_unlabelled(pretrain_list: Path, split: Path) -> int:
+    """Count images for pretraining that have no labels.
+
+    Args:
+        pretrain_list: list of image files.
+        split: folder that tools/split_labels.py wrote.
+    """
+    folders = read_json(split / "split.json")["images"]
+    labelled = {
+        str(Path(path).resolve())
+        for name, folder in folders.items()
+        for path in labelled_paths(read_json(split / f"{name}.json"), Path(folder))
+    }
+    return sum(name not in labelled for name in pretrain_list.read_text("utf-8").splitlines())
 
 
 def write_object_crops(content: Mapping[str, Any], images: Path, split: str, folder: Path) -> dict[str, int]:

@@ -21,6 +21,7 @@ from crossmae.errors import UserError, counted
 from crossmae.experiments.commands import busy_share, describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
+    count_unlabelled,
     describe_crops,
     labelled_paths,
     look_at_images,
@@ -382,7 +383,7 @@ def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
     if lacking := [name for name in ("train", "val") if name not in folders]:
         raise UserError(
             f"--labels: they have the splits {' and '.join(folders)}, and no {lacking[0]}. Split them again with "
-            "tools/split_labels.py LABELS --again --output OUT, and name OUT/train.json."
+            "tools/split_labels.py LABELS --again --output OUT, and name OUT."
         )
     counts = {name: about["counts"][name]["images"] for name in ("train", "val")}
     counts["train"] -= about["counts"]["train"]["empty"]  # the detector leaves them out
@@ -397,11 +398,13 @@ def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
     about = read_json(request.output / "data" / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
     empty = about["counts"]["train"]["empty"]
+    bare = count_unlabelled(trainings.pretrain_list, request.output / "data")
+    unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
     left_out = f" ({empty:,} more have no objects, and the detector leaves them out)" if empty else ""
     facts = {
         "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
         f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training{left_out}, {trainings.val.count:,} for validation",
+        f"for training{left_out}, {trainings.val.count:,} for validation{unlabelled}",
     }
     if trainings.objects:
         numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}

@@ -189,7 +189,7 @@ def detect_steps_left(plan: TimePlan, spent: float, timing: Timing, images: int)
 def list_doubts(
     plan: TimePlan, steps: int, timing: Timing, *, object_pixels: float, pretrain_share: float = PRETRAIN_SHARE
 ) -> list[str]:
-    """List the reasons why a detector of this plan may find almost nothing.
+    """List reasons why a detector may find almost nothing.
 
     Args:
         steps: of each detector.

@@ -93,6 +93,36 @@ def test_the_stages_in_order_and_the_held_out_images_stay_out(
     assert page["val"]["json"] == str(output / "data/val.json")
 
 
+@pytest.mark.parametrize("kind", ["coco", "masks"])
+def test_unlabelled_images_are_pretrained_on_and_not_held_out(request_of: Request, kind: str) -> None:
+    bare = {f"{number}.png" for number in range(0, COUNT, 4)}
+    path = request_of.labels
+    assert path is not None
+    if kind == "coco":
+        content = read_json(path)
+        content["images"] = [image for image in content["images"] if image["file_name"] not in bare]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+        path.write_text(json.dumps(content))
+    else:
+        path = path.parent / "masks"
+        path.mkdir()
+        for name in {f"{number}.png" for number in range(COUNT)} - bare:
+            Image.fromarray(np.eye(SIDE, dtype=np.uint8)).save(path / name)
+    request = replace(request_of, labels=path)
+    start(request)
+    labelled = [
+        {image["file_name"] for image in read_json(request.output / f"data/{name}.json")["images"]}
+        for name in ("train", "val")
+    ]
+    assert [len(names) for names in labelled] == [24, 6]
+    assert not bare & (labelled[0] | labelled[1])
+    pretrained = {Path(line).name for line in (request.output / "pretrain.txt").read_text().splitlines()}
+    assert pretrained == labelled[0] | bare
+    told = read_json(request.output / RECORD)["page"]["facts"]["Labels"]
+    assert told.endswith("24 images for training, 6 for validation, 10 unlabelled, for pretraining only")
+
+
 def test_the_detector_gets_the_time_that_is_left(request_of: Request) -> None:
     words = {stage.name: stage.words for stage in start(request_of)}[OWN]
     # 900 s: 60 for the look, 100 for pretraining, 20 for the page, 10 for start and evaluation; 128 pixels: 0.5 s.
