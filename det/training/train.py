@@ -216,7 +216,8 @@ def check_evaluated(classes: Classes | None, number: int, names: Sequence[str]) 
 def warn_of_shrunk(weights: Path, name: str, shortest: int, longest: int) -> None:
     """Warn of test images that are shrunk more than training images."""
     entries = read_registered(name)[0]["images"]
-    sizes = {str(one["file_name"]): (one["height"], one["width"]) for one in entries if "file_name" in one}
+    entries = [one for one in entries if {"file_name", "height", "width"} <= one.keys()]
+    sizes = {str(one["file_name"]): (one["height"], one["width"]) for one in entries}
     metadata = safetensors_metadata(find_detector(weights))
     if line := describe_shrunk(metadata, sizes, shortest, longest):
         log.warning("%s", line)
