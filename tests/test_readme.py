@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -162,11 +164,21 @@ def run_here(block: str, folder: Path) -> str:
     return printed.getvalue()
 
 
+@pytest.fixture
+def root_logger() -> Iterator[None]:
+    """Take away the console handlers that the tools add to the root logger."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+
+
 def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.usefixtures("root_logger")
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     """The commands in the order of the README, each from what the one before it left."""
     assert "PSNR" in run(command("pretrain"), folder)
