@@ -5,6 +5,7 @@ A run ends with a list of the skipped tests by reason, and a skip without a reas
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -34,6 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and _lacks_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Keep the garbage collector from what lives to the end: it would go through all libraries again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -1,17 +1,25 @@
 """Proves that the README's commands work as written: each is run, word for word, on small data with small configs.
 
+The first block runs in a shell, as a user runs it. The others run in this process, where nothing is imported again:
+each line goes to the main function of `crossmae`, in the words that a shell would make of it.
+
 The folder that a command runs in has files of the names in the README (IMAGES, TRAIN.json, ...), and configs of the
 same names as the recipes, which come before those in configs/.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +28,7 @@ import yaml
 from PIL import Image
 
 from tests.crossmae.classification.labelled import write_classes
+from tools.command import run_command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -142,29 +151,52 @@ def run(script: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def run_here(block: str, folder: Path) -> str:
+    """Run the commands of a block in this process, and return what they print."""
+    printed = io.StringIO()
+    for line in block.replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "crossmae"
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", list(sys.argv))  # which the command changes
+            run_command(words)
+    return printed.getvalue()
+
+
+@pytest.fixture
+def root_logger() -> Iterator[None]:
+    """Take away the console handlers that the tools add to the root logger."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+
+
 def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.usefixtures("root_logger")
 def test_from_a_folder_of_images_to_an_ap(folder: Path) -> None:
     """The commands in the order of the README, each from what the one before it left."""
     assert "PSNR" in run(command("pretrain"), folder)
     assert (folder / "outputs/mine/model.safetensors").is_file()
     assert (folder / "outputs/reconstructions/overview-1.png").is_file()
-    assert run(command("convert"), folder).count("\nproof ") == 2
+    assert run_here(command("convert"), folder).count("\nproof ") == 2
     assert (folder / "encoder.pth").is_file()
     assert (folder / "outputs/mine-timm/config.json").is_file()
-    run(command("classify"), folder)
+    run_here(command("classify"), folder)
     assert (folder / "outputs/classifier/report.html").is_file()
     assert len(json.loads((folder / "outputs/classes.json").read_text())["images"]) == 6
     assert (folder / "outputs/probe/report.html").is_file()
-    assert "AP50" in run(command("detect"), folder)
+    assert "AP50" in run_here(command("detect"), folder)
     assert (folder / "outputs/split/val.json").is_file()
     results = json.loads((folder / "outputs/detector/results.json").read_text())
     assert {"bbox", "segm"} <= results.keys()
     assert json.loads((folder / "outputs/evaluation/results.json").read_text()) == results
-    run(command("use"), folder)
+    run_here(command("use"), folder)
     assert len(list((folder / "found").glob("*.png"))) == 6
     done = run_python(command("predictor") + command("backbone", DETECTION), folder)
     assert "Instances(num_instances=" in done.stdout, done.stderr

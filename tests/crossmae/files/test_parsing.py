@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -105,6 +106,16 @@ def test_brackets_count_as_depth_unless_they_are_in_a_text(kinds: list[str], tex
     assert read_by_json(text) == wanted
 
 
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """Nothing that a caller froze, as in a tool: tests/conftest.py freezes the libraries."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_after_a_pause_the_next_collection_is_short_and_a_later_one_finds_cycles() -> None:
     class Cycle:
         def __init__(self) -> None:
@@ -121,15 +132,13 @@ def test_after_a_pause_the_next_collection_is_short_and_a_later_one_finds_cycles
     assert gone() is None
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_a_pause_leaves_frozen_objects_frozen() -> None:
     gc.freeze()
-    try:
-        before = gc.get_freeze_count()
-        with paused_garbage_collection():
-            pass
-        assert gc.get_freeze_count() > before / 2  # a few may end by themselves
-    finally:
-        gc.unfreeze()
+    before = gc.get_freeze_count()
+    with paused_garbage_collection():
+        pass
+    assert gc.get_freeze_count() > before / 2  # a few may end by themselves
 
 
 def test_only_the_last_value_of_a_key_counts() -> None:
