@@ -216,7 +216,7 @@ def embed_image(
     """
     picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
-    picture.save(buffer, kind, optimize=True, **({} if lossless else {"quality": 86, "subsampling": 0}))
+    picture.save(buffer, kind, **({} if lossless else {"quality": 86, "subsampling": 0, "optimize": True}))
     source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
     return Picture(source, round(picture.width / density), round(picture.height / density), alt)
 

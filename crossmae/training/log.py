@@ -17,10 +17,10 @@ from time import perf_counter as clock
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from crossmae.data.broken import Broken
@@ -141,13 +141,18 @@ class RunLog:
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
         save_figure(figure, path)
-        self.show(lambda board: board.add_figure(name, figure, step))
+        self.image(step, name, path)
         if self.wandb is not None:
             self.wandb.log({name: importlib.import_module("wandb").Image(str(path))}, step=step)
 
-    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        """Show an image (H, W, 3) in TensorBoard."""
-        self.show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Show a PNG file in TensorBoard, without encoding it again."""
+        with Image.open(path) as picture:
+            width, height = picture.size
+            channels = len(picture.getbands())
+        encoded = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=path.read_bytes())
+        summary = Summary(value=[Summary.Value(tag=name, image=encoded)])
+        self.show(lambda board: board._get_file_writer().add_summary(summary, step))
 
     def show(self, add: Callable[[SummaryWriter], object]) -> None:
         """Add something to TensorBoard.

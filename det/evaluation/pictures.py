@@ -15,6 +15,7 @@ from PIL import Image
 
 from crossmae.errors import printable
 from crossmae.files import write_atomically
+from crossmae.reports.figures import PNG_LEVEL
 from det.config import image_limits
 from det.data.tidy import image_name
 from det.inference.draw import draw_instances, draw_sheet, instances_from_coco
@@ -92,7 +93,7 @@ def save_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], folder: Pat
     for number, (name, pixels) in enumerate(pictures, start=1):
         stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:_LONGEST_STEM]
         paths.append(folder / f"{number}-{stem}.png")
-        write_atomically(paths[-1], partial(Image.fromarray(pixels).save, format="png"))
+        write_atomically(paths[-1], partial(Image.fromarray(pixels).save, format="png", compress_level=PNG_LEVEL))
     for path in find_pictures(folder):
         if path not in paths:
             path.unlink()

@@ -40,6 +40,7 @@ from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, printable
 from crossmae.files import JsonArray, WriteError, make_folder, name_write_errors, stream_text, write_atomically
 from crossmae.files.leftovers import SHARED_SECONDS, sweep
+from crossmae.reports.figures import PNG_LEVEL
 from det.inference.arguments import COCO_FILE
 from det.inference.draw import draw_large, instances_from_coco
 from det.inference.label_files import LABEL_FOLDER, LabelWriter
@@ -214,7 +215,7 @@ class FilePredictions:
         bar = Progress(inputs, "predict", unit="image", shown=bool(inputs))
         for path, drawn in self._predict(self._read_images(bar), coco):
             if self.draw:
-                save = partial(Image.fromarray(drawn).save, format="png")
+                save = partial(Image.fromarray(drawn).save, format="png", compress_level=PNG_LEVEL)
                 self._save(path, partial(write_atomically, path, save))
 
     def _read_images(self, inputs: Iterable[MediaInput]) -> Iterator[tuple[Path, dict[str, Any], NDArray[np.uint8]]]:

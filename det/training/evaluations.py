@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import nn
 
 from crossmae.errors import counted
@@ -89,7 +87,7 @@ class Evaluations(Callbacks):
             write_json(self.folder / BEST_RECORD, state.kept["best"])
             log.info("%s: after %s", BEST, counted(step, "step"))
         for number, path in enumerate(find_pictures(self.folder / PICTURES), start=1):
-            records.image(step, f"validation/{number}", np.asarray(Image.open(path)))
+            records.image(step, f"validation/{number}", path)
         if step < self.last_step:  # the last report is written after all other files
             write_report(self.folder)
 

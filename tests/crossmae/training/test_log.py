@@ -9,8 +9,11 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from crossmae.errors import UserError
@@ -49,6 +52,18 @@ def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_identity(
     assert first == resumed != fresh
     assert started[0]["project"] == "mine"
     assert started[0]["config"]["optim"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_tensorboard_gets_the_bytes_of_a_picture(mode: str, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 7, 4), np.uint8)).convert(mode)
+    picture.save(tmp_path / "picture.png")
+    schedule = Schedule(8, 1, 4, 1, 2, 8, 8, 8, 0.0, 0.1, 0.0)
+    with RunLog(tmp_path, schedule, 0, resumed=False, is_main=True, word="train", wandb=None) as records:
+        records.image(3, "validation/1", tmp_path / "picture.png")
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("validation/1")
+    assert [(one.step, one.height, one.width) for one in found] == [(3, 5, 7)]
+    assert found[0].encoded_image_string == (tmp_path / "picture.png").read_bytes()
 
 
 def test_training_goes_on_without_tensorboard(
