@@ -107,6 +107,9 @@ def test_the_citation_is_of_this_version_and_its_paper() -> None:
     citation = read("CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # required by the format
     assert citation["version"] == crossmae.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"^## (\S+) \((.+)\)$", changelog, re.MULTILINE)[0]
+    assert newest == (citation["version"], str(citation["date-released"]))
     assert f'license = "{citation["license"]}"' in PROJECT
     (paper,) = citation["references"]
     bibtex = (ROOT / "README.md").read_text(encoding="utf-8").partition("@article")[2]
