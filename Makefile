@@ -27,9 +27,14 @@ venv: $(STAMP)  ## set up .venv: about 3 minutes and 6 GB, once
 demo: $(STAMP)  ## real images -> pretrain -> detect, with and without it -> outputs/demo/report.html
 	@$(BIN)/python tools/demo/run.py
 
-# The checkers follow the tested versions: the types of libraries differ between their versions.
-test: $(if $(filter tested,$(PINS)),lint types) $(STAMP)  ## lint, types and every test, in as many processes as there are cores, 4 at most
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# The checkers follow the tested versions: the types of libraries differ between their versions. mypy runs next to the
+# tests, because alone it would use one core only. Its lines come last.
+TYPES := $(VENV)/types.txt
+CHECK := $(if $(filter tested,$(PINS)),$(BIN)/mypy,echo "types: not checked with $(PINS) versions")
+test: $(if $(filter tested,$(PINS)),lint) $(STAMP)  ## lint, types and every test, in as many processes as there are cores, 4 at most
+	@$(CHECK) >$(TYPES) 2>&1 & checker=$$!; trap "kill $$checker 2>/dev/null" INT TERM; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal; code=$$?; \
+	wait $$checker || code=1; cat $(TYPES); exit $$code
 
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .

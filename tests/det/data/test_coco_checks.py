@@ -482,7 +482,7 @@ DAMAGE = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damages=st.one_of(st.lists(FAULTS, min_size=2, max_size=8), st.lists(DAMAGE, min_size=1, max_size=4)))
 def test_whatever_is_damaged_is_found_or_harmless(data, tmp_path, damages):
     """Each finding names its entries in one printable line, and can be dropped as it says. Cleaned files have no faults

@@ -127,7 +127,7 @@ def test_a_few_images_get_a_few_steps():
 
 
 @given(st.floats(400, 1500), st.integers(1, 2), st.floats(5, 60))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_the_budget_named_in_a_doubt_has_enough_steps(budget: float, detectors: int, share: float):
     def doubts_of(budget: float) -> tuple[int, list[str]]:
         plan = plan_for(budget, detectors=detectors, pretrain_share=share)
