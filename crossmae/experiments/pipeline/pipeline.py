@@ -6,6 +6,7 @@ interruption, and tools/report.py can write the page again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -206,7 +207,8 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
     if dry_run:
         return
     yield pretrain_stage(request, decision)
-    print_features(output / "pretrain" / "log.jsonl")
+    crops = sum(1 for _ in decision.trainings.objects.glob("val/*/*")) if decision.trainings.objects else 0
+    print_features(output / "pretrain" / "log.jsonl", crops)
     if decision.plan.detect:
         if request.compare:
             yield start_stage(request, decision)
@@ -501,16 +503,35 @@ def choose_detect_steps(request: Request, decision: Decision) -> int:
     return detect_steps_left(decision.plan, spent, decision.detect_timing, decision.trainings.train.count)
 
 
-def print_features(log_path: Path) -> None:
-    """Print whether features and reconstruction improved in pretraining."""
+def print_features(log_path: Path, crops: int = 0) -> None:
+    """Print whether features and reconstruction improved in pretraining.
+
+    Args:
+        crops: number of held-out crops that nearest neighbours are measured on. Smaller differences than two standard
+            errors are no improvement.
+    """
     rows = read_json_lines(log_path)
     for key, subject, name, unit, better in FEATURE_CHECKS:
         values = [unit * row[key] for row in rows if key in row]
-        if len(values) > 1:
-            improved = better * (values[-1] - values[0]) > 0
-            verdict = "improved" if improved else "did not improve"
-            advice = "" if improved else ". Give a longer --budget, more images, or --weights"
-            print(
-                f"{subject} {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{advice}",
-                flush=True,
-            )
+        if len(values) < 2:
+            continue
+        chance = unit * chance_of(values[0] / unit, values[-1] / unit, crops) if key == "knn_accuracy" else 0.0
+        change = better * (values[-1] - values[0])
+        worse = "did not clearly change" if abs(change) < chance else "did not improve"
+        verdict = "improved" if change > chance else worse
+        of_crops = f" (of {crops:,} crops, differences below {chance:.2g} may be chance)" if chance else ""
+        advice = "" if change > chance else ". Give a longer --budget, more images, or --weights"
+        print(
+            f"{subject} {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{of_crops}{advice}",
+            flush=True,
+        )
+
+
+def chance_of(before: float, after: float, crops: int) -> float:
+    """Compute two standard errors of the difference of two shares.
+
+    Args:
+        crops: number of crops that each share is of; 0 gives 0.
+    """
+    share = (before + after) / 2
+    return 2 * math.sqrt(2 * share * (1 - share) / crops) if crops else 0.0

@@ -294,6 +294,7 @@ def test_a_plan_that_may_find_nothing_says_so_before_the_training_and_on_the_pag
 @pytest.mark.parametrize(
     ("neighbours", "losses", "told"),
     [
+        ((0.35, 0.4), (0.9, 0.5), ["features did not clearly change", "reconstruction of held-out images improved"]),
         ((0.3, 0.4), (0.9, 0.5), ["features improved", "reconstruction of held-out images improved"]),
         ((0.4, 0.3), (0.9, 0.5), ["features did not improve", "reconstruction of held-out images improved"]),
         ((), (0.9, 0.9), ["reconstruction of held-out images did not improve"]),
@@ -305,7 +306,7 @@ def test_features_and_reconstruction_have_lines_of_their_own(
 ) -> None:
     rows = [{"knn_accuracy": value} for value in neighbours] + [{"val_loss": value} for value in losses]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pipeline.print_features(tmp_path / "log.jsonl")
+    pipeline.print_features(tmp_path / "log.jsonl", 200)
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == told
 
 
