@@ -17,11 +17,17 @@ the command of every stage. The same command continues after an interruption.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossmae.errors import UserError, run_cli, set_up_log
+
+if TYPE_CHECKING:
+    from crossmae.experiments.pipeline.pipeline import Request
 
 BY_FOLDER = "hold out whole folders: frames of a video, tiles of a picture, pictures of a patient, site or plate"
 
@@ -76,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain_settings=tuple(arguments.pretrain_set),
         detect_settings=tuple(arguments.detect_set),
     )
+    check_settings(request)
     pipeline.run_pipeline(request, dry_run=arguments.dry_run, fresh=arguments.fresh)
     if not arguments.dry_run:
         print(f"\n{(arguments.output / 'summary.txt').read_text('utf-8')}")
@@ -89,6 +96,39 @@ def plain_path(path: Path) -> Path:
     """
     plain = Path(os.path.abspath(path))
     return plain if plain.resolve() == path.resolve() else path.resolve()
+
+
+def check_settings(request: Request) -> None:
+    """Raise UserError for settings that the configs do not take.
+
+    Nothing is written.
+    """
+    if not request.pretrain_settings and not request.detect_settings:
+        return
+    from crossmae.experiments.pipeline.pipeline import choose_recipe  # slow imports
+    from crossmae.experiments.pipeline.trainings import settings_of_weights
+
+    recipe, _ = choose_recipe()
+    fitting = settings_of_weights(request.weights, recipe) if request.weights else ((), ())
+    with blamed_on("--pretrain-set"):
+        recipe.config((*fitting[0], *request.pretrain_settings))
+    if request.detect_settings:
+        from det.config import load_det_config
+
+        logging.getLogger(load_det_config.__module__).setLevel(logging.WARNING)  # the detector tells the rest
+        words = ["SOLVER.MAX_ITER=1", "TEST.EVAL_PERIOD=0", *fitting[1]]  # the pipeline gives them
+        words += [f"INPUT.SIZE={request.size}"] if request.size else []
+        with blamed_on("--detect-set"):
+            load_det_config(recipe.detect, (*words, *request.detect_settings))
+
+
+@contextmanager
+def blamed_on(flag: str) -> Iterator[None]:
+    """Name a flag in the errors about its settings."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {str(error.args[0]).removeprefix('command line: ')}", *error.args[1:]) from None
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ that the images have, too, is no class (docs/data.md). The format is recognised.
 unlabelled, and on no side (for YOLO, see docs/data.md). Every class keeps its share on both sides, and images with the
 same bytes stay on one side. Labels that already have splits keep them. Written into --output:
     train.json, val.json    COCO files with names relative to the image folder; test.json if LABELS have it
-    split.json              the format, the image folder of each file, counts, classes and the seed
+    split.json              the format, the image folder of each file, counts, classes and the seed;
+                            with --by-folder also the held-out folders
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from typing import Any
 
 from crossmae.data.annotations.read import read_annotations
 from crossmae.data.annotations.records import UNSPLIT, AnnotationSet, common_folder, write_content
-from crossmae.data.annotations.split import id_key, join, rebase, split_images
-from crossmae.errors import UserError, advise, counted, printable, run_cli, set_up_log
+from crossmae.data.annotations.split import (
+    HELD_OUT_FOLDERS,
+    folder_of,
+    id_key,
+    image_key,
+    join,
+    rebase,
+    split_images,
+)
+from crossmae.errors import UserError, advise, counted, printable, run_cli, set_up_log, shorten
 from crossmae.files import check_writable, make_folder, write_json
 
 RECORD = "split.json"
@@ -58,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--seed: {arguments.seed} is negative. Give a number from 0.")
     check_output(arguments.output, arguments.labels)
     found = read_annotations(arguments.labels, arguments.images)
+    folders: list[str] = []
     for remark in found.remarks:
         print(f"{printable(arguments.labels)}: {printable(remark)}")
     if found.has_splits and not arguments.again:
@@ -71,7 +81,12 @@ def main(argv: list[str] | None = None) -> None:
             kept = split_again(found, arguments.images, val, arguments.seed, arguments.by_folder)
         except UserError as error:
             raise UserError(f"{arguments.labels}: {error.args[0]}") from None
-    write(arguments.output, found, kept, arguments.seed)
+        if arguments.by_folder:
+            folders = sorted({folder_of(image_key(entry)[0]) or "." for entry in kept["val"][1]["images"]})
+    held_out = {HELD_OUT_FOLDERS: folders} if folders else {}
+    write(arguments.output, found, kept, {"seed": arguments.seed} | held_out)
+    if folders:
+        print(f"held out: {shorten([printable(name) for name in folders])}")
 
 
 def check_output(output: Path, labels: Path) -> None:
@@ -107,8 +122,12 @@ def split_again(found: AnnotationSet, images: Path | None, val: float, seed: int
     return sides
 
 
-def write(output: Path, found: AnnotationSet, contents: Contents, seed: int) -> None:
-    """Write COCO files and record, and print a line per split."""
+def write(output: Path, found: AnnotationSet, contents: Contents, choices: Mapping[str, Any]) -> None:
+    """Write COCO files and record, and print a line per split.
+
+    Args:
+        choices: seed and held-out folders, for the record.
+    """
     make_folder(output, "--output")
     counts = {name: count(content) for name, (_, content) in contents.items()}
     categories = [one for _, content in contents.values() for one in content["categories"]]
@@ -129,7 +148,7 @@ def write(output: Path, found: AnnotationSet, contents: Contents, seed: int) -> 
         "images": {name: str(folder.absolute()) for name, (folder, _) in contents.items()},
         "counts": counts,
         "classes": classes,
-        "seed": seed,
+        **choices,
     }
     write_json(output / RECORD, record)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmae import __version__
-from crossmae.errors import COMMANDS, IN_WHEEL, PROGRAMS, UserError, is_subcommand, name_commands
+from crossmae.errors import COMMANDS, IN_WHEEL, PROGRAMS, USER_ERROR_EXIT_CODE, UserError, is_subcommand, name_commands
 from crossmae.experiments.commands import run_command
 from crossmae.files import make_folder, read_json, sha256, write_json
 from crossmae.reports.page import format_bytes, format_seconds
@@ -166,8 +166,10 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, kee
         records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
         write_json(folder / RECORDS, {"stages": records})
     if failure:
+        is_input = code == USER_ERROR_EXIT_CODE
+        advice = "Correct what the line above says, then repeat the command" if is_input else "Repeat the command"
         raise UserError(
-            f"stage {stage.name}: failed after {format_seconds(seconds)}: {failure}. Repeat the command: it continues "
+            f"stage {stage.name}: failed after {format_seconds(seconds)}: {failure}. {advice}: it continues "
             f"with this stage. The command of the stage is: {stage.short_command}"
         )
     return records[-1]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.tools.command_line import exit_code
-from tests.tools.labelled_squares import LABELS, run_words, write_squares
+from tests.tools.labelled_squares import DETECT_SET, LABELS, run_words, write_squares
 from tools import run
 
+DETECT = ("IMAGES", "--labels", "labels.json", "--detect-set")
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +33,12 @@ def data(tmp_path: Path) -> Path:
         (["IMAGES", "--labels", "labels.json", "--size", "0"], "error: --size: 0 is out of range."),
         (["IMAGES", "--compare"], "error: --compare: only a detector uses it. Add --labels."),
         (["labels.json", "--labels", "labels.json"], "error: IMAGES: labels.json is no folder."),
+        (["IMAGES", "--pretrain-set", "optim.lrr=1"], "error: --pretrain-set: unknown key 'optim.lrr' (did you mean"),
+        (["IMAGES", "--pretrain-set", "optim.lr=x"], "error: --pretrain-set: optim.lr: "),
+        ([*DETECT, "SOLVER.LR=0.1"], "error: --detect-set: unknown key SOLVER.LR. Did you mean SOLVER."),
+        ([*DETECT, "SOLVER.BASE_LR=-1"], "error: --detect-set: SOLVER.BASE_LR"),
+        ([*DETECT, "SOLVER.EPOCHS=2"], "error: --detect-set: SOLVER.MAX_ITER and SOLVER.EPOCHS contradict"),
+        ([*DETECT, "SOLVER.BASE_LR"], "error: --detect-set: SOLVER.BASE_LR has no value."),
     ],
 )
 def test_wrong_arguments_are_one_line_and_write_nothing(
@@ -70,3 +77,16 @@ def test_paths_have_no_detours_and_stay_the_same_files(tmp_path: Path, monkeypat
     assert run.plain_path(Path("../images")) == tmp_path / "images"
     assert run.plain_path(Path("link")) == tmp_path / "clone/link"
     assert run.plain_path(Path("link/../x")) == (tmp_path / "far/x").resolve()
+
+
+def test_settings_that_fit_are_no_error_and_import_no_detector_without_need(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    requests = []
+    monkeypatch.setattr("crossmae.experiments.pipeline.pipeline.run_pipeline", lambda one, **_: requests.append(one))
+    run.main([*run_words("labels.json"), "--dry-run"])
+    assert requests.pop().detect_settings == DETECT_SET
+    monkeypatch.setitem(sys.modules, "det.config", None)  # importing it is an error
+    run.main(["IMAGES", "--labels", "labels.json", "--pretrain-set", "optim.lr=1e-3", "--dry-run"])
+    assert requests.pop().pretrain_settings == ("optim.lr=1e-3",)

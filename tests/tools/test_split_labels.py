@@ -171,3 +171,28 @@ def make_every_format() -> None:
     write_coco_json(Path("cvat/annotations/instances_default.json"), names)
     for number, split in enumerate(SPLITS):
         write_coco_json(Path("roboflow", split, "_annotations.coco.json"), names[number * 4 :][:4])
+
+
+def test_held_out_folders_are_named_and_recorded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"clip_{at // 4:02}/{at}.jpg" for at in range(48)]
+    for at, name in enumerate(files):
+        write_image(Path("clips", name), at)
+    write_coco_json(Path("clips.json"), files)
+    words = ("clips.json", "--images", "clips", "--output", "out", "--val", "0.5", "--by-folder")
+    assert exit_code(main, *words) == 0
+    folders = sorted({name.partition("/")[0] for name in file_names("out/val.json")})
+    assert len(folders) == 6
+    assert read("out/split.json")["held_out_folders"] == folders
+    assert capsys.readouterr().out.splitlines()[-1] == f"held out: {', '.join(folders[:5])} and 1 more"
+    assert exit_code(main, *words[:-1]) == 0
+    assert "held_out_folders" not in read("out/split.json")
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_images_next_to_the_folders_have_the_folder_dot(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["top.jpg", *(f"a/{at}.jpg" for at in range(9))]
+    for at, name in enumerate(files):
+        write_image(Path("clips", name), at)
+    write_coco_json(Path("clips.json"), files)
+    assert exit_code(main, "clips.json", "--images", "clips", "--output", "out", "--by-folder") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "held out: ."

@@ -15,7 +15,10 @@ from crossmae.errors import UserError
 from crossmae.files import sha256
 
 SPLIT_SIDES = ("train", "val")
+HELD_OUT_FOLDERS = "held_out_folders"  # key in the record of a split by folder
 WITHOUT_OBJECTS = ""  # the class of images without objects
+# Most splits that are drawn for groups of several images, and the work for them: pairs of classes and memberships.
+MOST_DRAWN, MOST_WORK = 200, 1_000_000
 ClassCounts = Mapping[Hashable, int]
 
 
@@ -24,7 +27,8 @@ def stratified_split(groups: Sequence[ClassCounts], sizes: Sequence[int], val: f
 
     This is iterative stratification (Sechidis et al., "On the stratification of multi-label data", 2011), for groups:
     the rarest class first, each group goes to the side that lacks most of its share of the class. Unlike there, a class
-    of at least two groups is on both sides wherever possible, and a class of one group is in training.
+    of at least two groups is on both sides wherever possible, and a class of one group is in training. Groups of
+    several images are drawn in many orders, and the split that is nearest to the shares is taken.
 
     Args:
         groups: images by class of each group. Images without objects count as the class `WITHOUT_OBJECTS`.
@@ -34,10 +38,42 @@ def stratified_split(groups: Sequence[ClassCounts], sizes: Sequence[int], val: f
     Returns:
         True for each group of validation. The order of the groups matters, so sort them.
     """
+    rng = np.random.default_rng(seed)
+    work = len(set().union(*groups)) ** 2 + sum(map(len, groups))
+    count = max(1, min(MOST_DRAWN, MOST_WORK // work)) if max(sizes) > 1 else 1
+    drawn = [_draw(groups, sizes, val, rng.permutation(len(groups)).tolist()) for _ in range(count)]
+    return min(drawn, key=lambda held_out: _deviation(groups, sizes, val, held_out))
+
+
+def _deviation(
+    groups: Sequence[ClassCounts], sizes: Sequence[int], val: float, held_out: Sequence[bool]
+) -> tuple[int, float]:
+    """Return how many classes a side lacks, and the error of shares.
+
+    The shares are those of images and classes. Differences below a percent are rounded away, so that another seed can
+    give another split.
+    """
+    totals, own, members = Counter[Hashable](), Counter[Hashable](), Counter[Hashable]()
+    for group, is_held in zip(groups, held_out, strict=True):
+        totals.update(group)
+        members.update(group.keys())
+        own.update(group if is_held else {})
+    lacking = sum(
+        own[one] == total or (not own[one] and members[one] > 1)
+        for one, total in totals.items()
+        if one != WITHOUT_OBJECTS
+    )
+    of_images = abs(float(np.dot(sizes, held_out)) / sum(sizes) - val)
+    of_classes = sum(abs(own[one] / total - val) for one, total in totals.items()) / len(totals)
+    return lacking, round(of_images + of_classes, 2)
+
+
+def _draw(groups: Sequence[ClassCounts], sizes: Sequence[int], val: float, order: Sequence[int]) -> list[bool]:
+    """Choose the groups for validation, those of a class in this order."""
     shares = dict(zip(SPLIT_SIDES, (1 - val, val), strict=True))
     totals: Counter[Hashable] = Counter()
     members: dict[Hashable, list[int]] = defaultdict(list)
-    for index in np.random.default_rng(seed).permutation(len(groups)).tolist():
+    for index in order:
         totals.update(groups[index])
         for one in groups[index]:
             members[one].append(index)
@@ -94,8 +130,10 @@ def split_images(
     for number, own in zip(numbers, classes, strict=True):
         groups[number].update(own or {WITHOUT_OBJECTS})
     if len(groups) < 2:
-        kind = "folder with images" if by_folder else "image"
-        raise UserError(f"there is only one {kind}, so there is nothing to split. Add images for validation.")
+        kind, advice = "image", "Add images for validation."
+        if by_folder:
+            kind, advice = "folder with images", "Leave out --by-folder, or name the folder above."
+        raise UserError(f"there is only one {kind}, so there is nothing to split. {advice}")
     sizes = np.bincount(numbers).tolist()
     held_out = stratified_split(groups, sizes, val, seed)
     if len(set(held_out)) < 2:  # few images
@@ -134,6 +172,11 @@ def image_key(entry: Mapping[str, Any]) -> tuple[str, str]:
     return str(entry.get("file_name") or entry.get("coco_url") or ""), str(entry.get("id"))
 
 
+def folder_of(name: str) -> str:
+    """Return the folder of a file name, for a split by folder."""
+    return os.path.dirname(name.replace("\\", "/"))
+
+
 def _number_groups(entries: Sequence[Mapping[str, Any]], folder: Path, by_folder: bool) -> list[int]:
     """Assign a group number to each image, from 0."""
     names = [image_key(entry)[0].replace("\\", "/") for entry in entries]
@@ -146,7 +189,7 @@ def _number_groups(entries: Sequence[Mapping[str, Any]], folder: Path, by_folder
 
     kinds: list[list[Hashable]] = [_contents([folder / name for name in names])]
     if by_folder:
-        kinds.append([os.path.dirname(name) for name in names])
+        kinds.append([folder_of(name) for name in names])
     for keys in kinds:
         first: dict[Hashable, int] = {}
         for at, key in enumerate(keys):

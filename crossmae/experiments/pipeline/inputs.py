@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from crossmae.data.annotations.split import HELD_OUT_FOLDERS, folder_of
 from crossmae.data.broken import Broken, find_broken
 from crossmae.data.images import is_deep, open_image, read_image
 from crossmae.data.pixels import read_pixels
 from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, counted, printable, shorten
+from crossmae.experiments.pipeline.trainings import Trainings
 from crossmae.files import make_folder, put_in_place, read_json, temporary_folder, write_text
 
 LOOKED_AT = 2000  # images whose headers are read
@@ -157,11 +159,23 @@ def labelled_paths(content: Mapping[str, Any], images: Path) -> list[str]:
     return [str(images / image["file_name"]) for image in content["images"]]
 
 
-def count_unlabelled(pretrain_list: Path, split: Path) -> int:
-    """Count images for pretraining that have no labels.
+def images_next_to(source: Source, held_out: Sequence[str], train: Iterable[str]) -> list[str]:
+    """List other images in the folders of held-out images, without training images.
+
+    With a split by folder, these are unlabelled images, such as other frames of a held-out video.
+    """
+    folders = {Path(folder).resolve() for folder in map(folder_of, held_out)}
+    known = {Path(name).resolve() for name in (*held_out, *train)}
+    names = [source.name(index) for index in range(len(source))]
+    parents = {folder: Path(folder).resolve() for folder in map(folder_of, names)}
+    return [name for name in names if parents[folder_of(name)] in folders and Path(name).resolve() not in known]
+
+
+def count_unlabelled(source: Source, pretrain_list: Path, split: Path) -> tuple[int, int]:
+    """Count unlabelled images that are for pretraining, and that are left out.
 
     Args:
-        pretrain_list: list of image files.
+        pretrain_list: list of image files of the source.
         split: folder that tools/split_labels.py wrote.
     """
     folders = read_json(split / "split.json")["images"]
@@ -170,7 +184,43 @@ def count_unlabelled(pretrain_list: Path, split: Path) -> int:
         for name, folder in folders.items()
         for path in labelled_paths(read_json(split / f"{name}.json"), Path(folder))
     }
-    return sum(name not in labelled for name in pretrain_list.read_text("utf-8").splitlines())
+    listed = set(pretrain_list.read_text("utf-8").splitlines())
+    bare = {str(Path(source.name(index)).resolve()) for index in range(len(source))} - labelled
+    return len(bare & listed), len(bare - listed)
+
+
+def describe_labels(trainings: Trainings, source: Source) -> dict[str, str]:
+    """Describe labels and object crops in words, by heading, and print them.
+
+    Args:
+        source: images of the user, before some were held out.
+    """
+    assert trainings.train is not None
+    assert trainings.val is not None
+    split = trainings.output / "data"
+    about = read_json(split / "split.json")
+    objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
+    empty = about["counts"]["train"]["empty"]
+    left_out = f" ({empty:,} more have no objects, and the detector leaves them out)" if empty else ""
+    folders = [printable(name) for name in about.get(HELD_OUT_FOLDERS, [])]
+    held_out = f" (held out: {shorten(folders)})" if folders else ""
+    bare, next_to = count_unlabelled(source, trainings.pretrain_list, split)
+    unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
+    if next_to:
+        unlabelled += (
+            f"; {counted(next_to, 'unlabelled image')} of held-out folders {'is' if next_to == 1 else 'are'} left out"
+        )
+    facts = {
+        "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
+        f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
+        f"for training{left_out}, {trainings.val.count:,} for validation{held_out}{unlabelled}",
+    }
+    if trainings.objects:
+        numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}
+        facts["Check of features"] = f"nearest neighbours among crops of {describe_crops(numbers)}"
+    for key, text in facts.items():
+        print(f"{key.lower()}: {text}", flush=True)
+    return facts
 
 
 def write_object_crops(content: Mapping[str, Any], images: Path, split: str, folder: Path) -> dict[str, int]:

@@ -22,8 +22,8 @@ from crossmae.errors import UserError, counted
 from crossmae.experiments.commands import busy_share, describe_machine
 from crossmae.experiments.pipeline.inputs import (
     ImageFacts,
-    count_unlabelled,
-    describe_crops,
+    describe_labels,
+    images_next_to,
     labelled_paths,
     look_at_images,
     object_share,
@@ -282,7 +282,7 @@ def decide(request: Request, look: Look, started: float) -> Decision:
     recipe, facts = look.recipe, dict(look.facts)
     trainings, count = prepare_inputs(request, recipe, look.source, look.images)
     if trainings.train and trainings.val:
-        facts |= describe_labels(request, trainings)
+        facts |= describe_labels(trainings, look.source)
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
@@ -337,12 +337,14 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
     """
     output = request.output
     train = val = objects = None
-    held_out: list[str] = []
+    held_out, next_to = list[str](), list[str]()
     has_masks, share = False, 0.0
     if request.labels is not None:
         train, val = read_split(output / "data")
         contents = {part: read_json(one.json) for part, one in (("train", train), ("val", val))}
         held_out = labelled_paths(contents["val"], val.images)
+        if request.by_folder:
+            next_to = images_next_to(source, held_out, labelled_paths(contents["train"], train.images))
         has_masks = all(one.get("segmentation") for content in contents.values() for one in content["annotations"])
         share = object_share(contents["train"])
         crops = {
@@ -353,7 +355,7 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
     else:
         chosen = evenly_spaced(len(source), min(HELD_OUT, len(source) // HELD_OUT_EVERY))
         held_out = [source.name(index) for index in chosen]
-    count = write_list(source, held_out, None, output / "pretrain.txt")
+    count = write_list(source, [*held_out, *next_to], None, output / "pretrain.txt")
     if held_out:
         write_text(output / "held-out.txt", "".join(f"{Path(name).resolve()}\n" for name in held_out))
     fitting: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -391,29 +393,6 @@ def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
     counts["train"] -= about["counts"]["train"]["empty"]  # the detector leaves them out
     train, val = (LabelledSplit(folder / f"{name}.json", Path(folders[name]), count) for name, count in counts.items())
     return train, val
-
-
-def describe_labels(request: Request, trainings: Trainings) -> dict[str, str]:
-    """Describe labels and object crops in words, by heading, and print them."""
-    assert trainings.train is not None
-    assert trainings.val is not None
-    about = read_json(request.output / "data" / "split.json")
-    objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
-    empty = about["counts"]["train"]["empty"]
-    bare = count_unlabelled(trainings.pretrain_list, request.output / "data")
-    unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
-    left_out = f" ({empty:,} more have no objects, and the detector leaves them out)" if empty else ""
-    facts = {
-        "Labels": f"{about['format']}, {counted(objects, 'object')} of {counted(len(about['classes']), 'class')} "
-        f"{'with masks' if trainings.has_masks else 'without masks (boxes only)'}; {trainings.train.count:,} images "
-        f"for training{left_out}, {trainings.val.count:,} for validation{unlabelled}",
-    }
-    if trainings.objects:
-        numbers = {one.name: len(list(one.iterdir())) for one in sorted((trainings.objects / "train").iterdir())}
-        facts["Check of features"] = f"nearest neighbours among crops of {describe_crops(numbers)}"
-    for key, text in facts.items():
-        print(f"{key.lower()}: {text}", flush=True)
-    return facts
 
 
 def sizes_in_words(decision: Decision) -> list[str]:

@@ -237,3 +237,15 @@ def test_printed_paths_are_the_shortest_that_work(tmp_path: Path, monkeypatch: p
     printed = shlex.split(stage.short_command)[2:]
     assert printed == ["a b", "data.train=../x", "data.val=y", "/", "-x", f"{tmp_path}/here/-z", "a="]
     assert shlex.split(stage.command)[2:] == list(words)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "advice"),
+    [(2, "Correct what the line above says, then repeat the command: it continues"), (3, "Repeat the command: it")],
+)
+def test_an_error_of_the_input_is_to_be_corrected_first(
+    three: list[Stage], tmp_path: Path, exit_code: int, advice: str
+):
+    three[0] = scripted(tmp_path, "a", f"raise SystemExit({exit_code})", three[0].outputs)
+    with pytest.raises(UserError, match=rf"exit code {exit_code}\. {advice}"):
+        run_stages(three, tmp_path / "demo")

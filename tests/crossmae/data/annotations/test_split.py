@@ -107,7 +107,7 @@ def test_few_images(tmp_path: Path) -> None:
     assert [len(side["images"]) for side in sides.values()] == [1, 1]
     with pytest.raises(UserError, match="there is only one image, so there is nothing to split"):
         split_images(content_of([{1}]), tmp_path, 0.2, 0, False)
-    with pytest.raises(UserError, match="there is only one folder with images"):
+    with pytest.raises(UserError, match=r"only one folder with images.*\. Leave out --by-folder"):
         split_images(content_of([{1}, {1}]), tmp_path, 0.2, 0, True)
 
 
@@ -146,3 +146,21 @@ def test_names_are_written_relative_to_a_folder_above(tmp_path: Path) -> None:
     assert rebase(split, tmp_path / "a/b") == split.content
     with pytest.raises(UserError, match=r"--images: the images are in .*/a/b, outside of .*/a/b/c"):
         rebase(split, tmp_path / "a/b/c")
+
+
+def test_the_share_of_few_folders_is_as_near_as_they_allow_and_the_seed_decides_between_equals() -> None:
+    sizes = [40] * 7 + [33, 27, 25]  # 365 images: 20 % are 73, which are 40 + 33
+    splits = [stratified_split([{1: size} for size in sizes], sizes, 0.2, seed) for seed in range(5)]
+    assert [int(np.dot(sizes, held_out)) for held_out in splits] == [73] * 5
+    assert len({tuple(held_out) for held_out in splits}) > 1
+
+
+def test_few_folders_keep_every_class_on_both_sides() -> None:
+    sizes = [40] * 7 + [33, 27, 25]
+    groups = [{"common": size} | ({"rare": 3} if size == 25 or at == 0 else {}) for at, size in enumerate(sizes)]
+    groups[8]["single"] = 5
+    splits = [stratified_split(groups, sizes, 0.2, seed) for seed in range(20)]
+    assert splits == [stratified_split(groups, sizes, 0.2, seed) for seed in range(20)]
+    for held_out in splits:
+        assert held_out[0] != held_out[9]
+        assert not held_out[8]

@@ -328,3 +328,54 @@ def test_masks_are_left_out_if_an_object_has_none(request_of: Request, tmp_path:
     (tmp_path / "labels.json").write_text(json.dumps(content))
     words = {stage.name: stage.words for stage in start(request_of)}[OWN]
     assert "MODEL.MASK_ON=False" in words
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_unlabelled_images_of_held_out_folders_are_pretrained_on_only_without_by_folder(
+    request_of: Request, tmp_path: Path, by_folder: bool
+) -> None:
+    """Five folders of eight images: two are unlabelled in each. A folder without labels is pretrained on."""
+    content = json.loads((tmp_path / "labels.json").read_text())
+    for number, image in enumerate(content["images"]):
+        image["file_name"] = f"clip_{number % 5}/{number}.png"
+        (tmp_path / f"images/clip_{number % 5}").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / image["file_name"])
+    content["images"] = content["images"][:30]
+    content["annotations"] = content["annotations"][:30]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    (tmp_path / "images/bare").mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "images/bare/x.png")
+    request = replace(request_of, by_folder=by_folder)
+    start(request)
+    held_out = {Path(line) for line in (request.output / "held-out.txt").read_text().splitlines()}
+    pretrained = {Path(line) for line in (request.output / "pretrain.txt").read_text().splitlines()}
+    folders = {path.parent for path in held_out}
+    told = read_json(request.output / RECORD)["page"]["facts"]["Labels"]
+    everything = set((tmp_path / "images").rglob("*.png"))
+    if by_folder:
+        (folder,) = folders
+        assert pretrained == {path for path in everything if path.parent != folder}
+        assert told.endswith(
+            f"24 images for training, 6 for validation (held out: {folder.name}), 9 unlabelled, for pretraining only; "
+            "2 unlabelled images of held-out folders are left out"
+        )
+    else:
+        assert pretrained == everything - held_out
+        assert told.endswith("24 images for training, 6 for validation, 11 unlabelled, for pretraining only")
+
+
+def test_by_folder_keeps_the_training_images_of_labels_with_splits(request_of: Request, tmp_path: Path) -> None:
+    """The labels split a folder: its training images stay, its unlabelled images do not."""
+    content = json.loads((tmp_path / "labels.json").read_text())
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for name, numbers in (("train", range(20)), ("val", range(20, 30))):
+        part = {"images": content["images"], "annotations": content["annotations"]}
+        part = {key: [value[number] for number in numbers] for key, value in part.items()}
+        (labels / f"{name}.json").write_text(json.dumps(content | part))
+    request = replace(request_of, labels=labels, by_folder=True)
+    start(request)
+    pretrained = {Path(line).name for line in (request.output / "pretrain.txt").read_text().splitlines()}
+    assert pretrained == {f"{number}.png" for number in range(20)}
+    told = read_json(request.output / RECORD)["page"]["facts"]["Labels"]
+    assert told.endswith("10 for validation; 10 unlabelled images of held-out folders are left out")
