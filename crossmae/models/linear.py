@@ -46,12 +46,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     where oneDNN is faster, and the product is large. Traced, compiled and exported graphs have torch's own operator.
     """
     if not (
-        x.dtype == weight.dtype == torch.float32
+        # First, because the size of an exported graph may depend on what a detector finds.
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= LEAST_MULTIPLICATIONS
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not _only_torch.get()
         and onednn_is_faster()
     ):

@@ -6,10 +6,12 @@ if it agrees with detectron2's inference. Shapes: H, W of the input, N detection
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,8 @@ def _write(
     exportable = (ExportableBackbone if backbone_only else ExportableDetector)(model, size).eval()
     example = (torch.zeros(1, 3, *size), torch.tensor(size))
     try:
-        program = torch.export.export(exportable, example)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # a failure prints the whole graph
+            program = torch.export.export(exportable, example)
         if path.suffix == TORCH:
             torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
             return

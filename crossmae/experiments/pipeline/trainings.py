@@ -265,8 +265,12 @@ def _few_images(val: LabelledSplit, path: Path) -> LabelledSplit:
 
 def _time(name: str, words: tuple[str, ...], run: Path, done: Path, images: int) -> Timing:
     cell = Cell(name, {"kind": name}, (Step(words, done, folder=run),), timing_reader(run / "log.jsonl"))
-    logging.getLogger(run_cells.__module__).setLevel(logging.WARNING)  # its progress is that of a grid
-    rows = run_cells([cell], run.parent / RESULTS)
+    logging.getLogger(run_cells.__module__).setLevel(logging.ERROR)  # its lines are those of a grid
+    try:
+        rows = run_cells([cell], run.parent / RESULTS)
+    except KeyboardInterrupt:
+        print("stopped while this machine was measured. Repeat the command.", flush=True)
+        raise
     if not rows:
         raise UserError(f"{run}: the measurement was stopped. Repeat the command.")
     overhead, step = seconds_of_kind(rows[0], "wall_seconds")
