@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,24 +131,28 @@ def run_stages(stages: Iterable[Stage], folder: Path, *, total: int, fresh: bool
             keeps = is_same and record.get("status") != "done" and RESUME in stage.words
             is_new, how = True, "done in"
             print(f"\n{head}: {stage.title}\n$ {stage.short_command}", flush=True)
-            record = _run_stage(stage, records, folder, keeps=keeps)
+            record = _run_stage(stage, records, folder, record if keeps else None)
         peak = format_bytes(record["peak_memory_bytes"])
         print(f"{head}: {how} {format_seconds(record['seconds'])}, peak memory {peak}", flush=True)
     return sum(record["seconds"] for record in records)
 
 
-def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, keeps: bool) -> dict[str, Any]:
+def _run_stage(
+    stage: Stage, records: list[dict[str, Any]], folder: Path, earlier: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Run a stage. Append its record, and return it.
 
     Args:
-        keeps: the outputs are of the same command, which continues with them.
+        earlier: record of the same command, which continues with its outputs. Its time counts, too. None: the outputs
+            are removed.
 
     Raises UserError if the stage fails or does not write its outputs, and what `run_command` raises.
     """
     record = {"name": stage.name, "title": stage.title, "command": stage.command, "fingerprint": stage.fingerprint}
-    records.append(record | {"status": "started", "seconds": 0.0, "peak_memory_bytes": 0})
+    seconds_before, peak_before = (earlier.get(key, 0) if earlier else 0 for key in ("seconds", "peak_memory_bytes"))
+    records.append(record | {"status": "started", "seconds": seconds_before, "peak_memory_bytes": peak_before})
     write_json(folder / RECORDS, {"stages": records})
-    if not keeps:
+    if earlier is None:
         _remove([folder / name for name in stage.outputs])
     started, peak, failure = time.perf_counter(), 0, STOPPED
     try:
@@ -163,7 +167,8 @@ def _run_stage(stage: Stage, records: list[dict[str, Any]], folder: Path, *, kee
     finally:
         seconds = round(time.perf_counter() - started, 3)
         status = {"": "done", STOPPED: STOPPED}.get(failure, "failed")
-        records[-1] |= {"status": status, "seconds": seconds, "peak_memory_bytes": peak}
+        total = round(seconds_before + seconds, 3)
+        records[-1] |= {"status": status, "seconds": total, "peak_memory_bytes": max(peak, peak_before)}
         write_json(folder / RECORDS, {"stages": records})
     if failure:
         is_input = code == USER_ERROR_EXIT_CODE

@@ -215,6 +215,7 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         if decision.detect_steps is None:
             decision = replace(decision, detect_steps=choose_detect_steps(request, decision))
             keep(request, decision)
+            print_steps(decision)
         for name in request.detectors:
             yield detect_stage(request, decision, name)
     yield report_stage(output)
@@ -480,6 +481,18 @@ def choose_detect_steps(request: Request, decision: Decision) -> int:
     records = {one["name"]: one["seconds"] for one in read_json(request.output / RECORDS)["stages"]}
     spent = decision.plan.spent + sum(records.get(name, 0.0) for name in ("pretrain", "start"))
     return detect_steps_left(decision.plan, spent, decision.detect_timing, decision.trainings.train.count)
+
+
+def print_steps(decision: Decision) -> None:
+    """Print the steps of a detector if the plan had others."""
+    planned, steps = decision.plan.detect.steps if decision.plan.detect else 0, decision.detect_steps
+    if steps is not None and steps != planned:
+        reason = "less" if steps > planned else "more"
+        print(
+            f"detector: {counted(steps, 'step')} in place of {planned:,}, because the stages before it took {reason} "
+            "time than planned",
+            flush=True,
+        )
 
 
 def print_features(log_path: Path, crops: int = 0) -> None:

@@ -191,6 +191,9 @@ def test_only_a_stage_that_can_resume_keeps_what_its_own_attempt_left(tmp_path: 
     stages = [quick(tmp_path, "a"), scripted(tmp_path, "b", COUNT_TO_TWO, ("out",), str(folder / "out"), RESUME)]
     with pytest.raises(UserError, match="exit code 3"):
         run_stages(stages, folder)
+    content = json.loads((folder / RECORDS).read_text())
+    content["stages"][1] |= {"seconds": 1000.0, "peak_memory_bytes": 2**50}
+    (folder / RECORDS).write_text(json.dumps(content))
     if change == "words":
         stages[1] = replace(stages[1], words=(*stages[1].words, "--other"))
     if change == "earlier":
@@ -201,6 +204,8 @@ def test_only_a_stage_that_can_resume_keeps_what_its_own_attempt_left(tmp_path: 
         with pytest.raises(UserError, match="exit code 3"):
             run_stages(stages, folder, fresh=change == "fresh")
     assert len(list((folder / "out").iterdir())) == attempts
+    last = records(tmp_path)[1]
+    assert (last["seconds"] > 1000, last["peak_memory_bytes"] == 2**50) == (attempts == 2,) * 2  # both attempts count
 
 
 def test_a_later_stage_can_depend_on_what_an_earlier_one_wrote(three: list[Stage], tmp_path: Path):

@@ -123,12 +123,18 @@ def test_unlabelled_images_are_pretrained_on_and_not_held_out(request_of: Reques
     assert told.endswith("24 images for training, 6 for validation, 10 unlabelled, for pretraining only")
 
 
-def test_the_detector_gets_the_time_that_is_left(request_of: Request) -> None:
+def test_the_detector_gets_the_time_that_is_left(request_of: Request, capsys: pytest.CaptureFixture[str]) -> None:
     words = {stage.name: stage.words for stage in start(request_of)}[OWN]
     # 900 s: 60 for the look, 100 for pretraining, 20 for the page, 10 for start and evaluation; 128 pixels: 0.5 s.
     planned = read_json(request_of.output / RECORD)["decision"]["plan"]["detect"]["steps"]
     steps = int(next(word for word in words if word.startswith("SOLVER.MAX_ITER=")).partition("=")[2])
     assert steps == min(int((900 - 60 - 100 - 20 - 10) / 0.5), planned * 3 // 2, 400)
+    assert "in place of" not in capsys.readouterr().out
+    decision = pipeline._DECISION.validate_python(read_json(request_of.output / RECORD)["decision"])
+    for other, word in ((planned - 50, "more"), (planned + 50, "less")):
+        pipeline.print_steps(replace(decision, detect_steps=other))
+        assert f"detector: {other} steps in place of {planned}, " in (told := capsys.readouterr().out)
+        assert f"took {word} time than planned" in told
 
 
 def test_a_decision_is_made_once(request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
