@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,11 @@ from crossmae.experiments.pipeline.trainings import (
     time_detection,
     time_pretraining,
 )
-from crossmae.experiments.pipeline.typed import DIGEST_OF, describe_changes
+from crossmae.experiments.pipeline.typed import DIGEST_OF, command_of, describe_changes
 from crossmae.experiments.stages import RECORDS, RESUME, Stage, run_stages
 from crossmae.files import read_json, read_json_lines, sha256, write_json, write_text
 from crossmae.files.claim import claim
+from crossmae.reports.page import format_seconds
 from crossmae.training.config import resolve_config_path
 
 RECORD, PAGE = PIPELINE_RECORD, "report.html"
@@ -140,7 +141,7 @@ class Decision:
     detect_steps: int | None = None
 
 
-_DECISION, _REQUEST = TypeAdapter(Decision), TypeAdapter(Request)
+_DECISION, _REQUEST, _JSON = TypeAdapter(Decision), TypeAdapter(Request), TypeAdapter[Any](Any)
 
 
 def run_pipeline(request: Request, *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -208,7 +209,10 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
         return
     yield pretrain_stage(request, decision)
     crops = sum(1 for _ in decision.trainings.objects.glob("val/*/*")) if decision.trainings.objects else 0
-    print_features(output / "pretrain" / "log.jsonl", crops)
+    told = describe_features(output / "pretrain" / "log.jsonl", crops)
+    print("\n".join(told), flush=True)
+    decision = replace(decision, facts=decision.facts | {"After pretraining": ". ".join(told)})
+    keep(request, decision)
     if decision.plan.detect:
         if request.compare:
             yield start_stage(request, decision)
@@ -224,10 +228,19 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
 def keep(request: Request, decision: Decision) -> None:
     """Record a decision, and what the page needs."""
     path, trainings = request.output / RECORD, decision.trainings
+    given = [field for field in fields(Request) if field.default is not MISSING]
+    defaults = {field.name: _JSON.dump_python(field.default, mode="json") for field in given}
+    command = command_of(_REQUEST.dump_python(request, mode="json"), defaults)
+    budget = (
+        f"{format_seconds(request.budget)}. Looking at the data and measuring this machine took "
+        f"{format_seconds(decision.plan.spent)}, which the time of the stages does not contain"
+    )
     page: dict[str, Any] = {
         "title": f"{'A detector for' if request.labels else 'Pretraining on'} {request.images.name}",
-        "facts": decision.facts,
-        "plan": [stage._asdict() for stage in planned_stages(decision.plan, sizes_in_words(decision))],
+        "facts": {"Command": command, "Budget": budget} | decision.facts,
+        "plan": [
+            stage._asdict() for stage in planned_stages(decision.plan, sizes_in_words(decision), decision.detect_steps)
+        ],
         "arms": {name: STARTS[name] for name in request.detectors},
         "doubts": doubts_of(request, decision),
     }
@@ -484,9 +497,9 @@ def choose_detect_steps(request: Request, decision: Decision) -> int:
 
 
 def print_steps(decision: Decision) -> None:
-    """Print the steps of a detector if the plan had others."""
+    """Print the steps of a detector if the plan had clearly others."""
     planned, steps = decision.plan.detect.steps if decision.plan.detect else 0, decision.detect_steps
-    if steps is not None and steps != planned:
+    if steps is not None and abs(steps - planned) > planned / 20:
         reason = "less" if steps > planned else "more"
         print(
             f"detector: {counted(steps, 'step')} in place of {planned:,}, because the stages before it took {reason} "
@@ -495,14 +508,14 @@ def print_steps(decision: Decision) -> None:
         )
 
 
-def print_features(log_path: Path, crops: int = 0) -> None:
-    """Print whether features and reconstruction improved in pretraining.
+def describe_features(log_path: Path, crops: int = 0) -> list[str]:
+    """Tell whether features and reconstruction improved in pretraining.
 
     Args:
         crops: number of held-out crops that nearest neighbours are measured on. Smaller differences than two standard
             errors are no improvement.
     """
-    rows = read_json_lines(log_path)
+    rows, told = read_json_lines(log_path), list[str]()
     for key, subject, name, unit, better in FEATURE_CHECKS:
         values = [unit * row[key] for row in rows if key in row]
         if len(values) < 2:
@@ -513,10 +526,10 @@ def print_features(log_path: Path, crops: int = 0) -> None:
         verdict = "improved" if change > chance else worse
         of_crops = f" (of {crops:,} crops, differences below {chance:.2g} may be chance)" if chance else ""
         advice = "" if change > chance else ". Give a longer --budget, more images, or --weights"
-        print(
-            f"{subject} {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{of_crops}{advice}",
-            flush=True,
+        told.append(
+            f"{subject} {verdict}: {name} {values[0]:.3g} at step 0, {values[-1]:.3g} at the end{of_crops}{advice}"
         )
+    return told
 
 
 def chance_of(before: float, after: float, crops: int) -> float:

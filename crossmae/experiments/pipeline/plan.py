@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from crossmae.errors import UserError, counted
@@ -220,11 +220,12 @@ class PlannedStage(NamedTuple):
     seconds: float
 
 
-def planned_stages(plan: TimePlan, sizes: Sequence[str]) -> list[PlannedStage]:
+def planned_stages(plan: TimePlan, sizes: Sequence[str], detect_steps: int | None = None) -> list[PlannedStage]:
     """List the stages of the plan.
 
     Args:
         sizes: what pretraining and detection see, in words.
+        detect_steps: steps of a detector that were chosen later. The seconds are those of the plan.
     """
     stages = [PlannedStage("done", "look at the data, and measure the speed of this machine", plan.spent)]
     trainings: list[tuple[str, str, Length]] = []
@@ -232,7 +233,9 @@ def planned_stages(plan: TimePlan, sizes: Sequence[str]) -> list[PlannedStage]:
         trainings.append(("pretrain", sizes[0], plan.pretrain))
     if plan.detect:
         names = ["detect-own"] if plan.detectors == 1 else ["detect-random", "detect-own"]
-        trainings += [(name, sizes[1], plan.detect) for name in names]
+        steps = detect_steps or plan.detect.steps
+        chosen = replace(plan.detect, steps=steps, epochs=plan.detect.epochs * steps / plan.detect.steps)
+        trainings += [(name, sizes[1], chosen) for name in names]
     for name, size, one in trainings:
         length = f"{counted(one.steps, 'step')}, {one.epochs:.3g} epochs of {counted(one.images, 'image')}"
         stages.append(PlannedStage(name, f"{size}, {length}", one.seconds))

@@ -1,4 +1,4 @@
-"""Arguments of tools/run.py as a user types them, for the error about another request."""
+"""Arguments of tools/run.py as a user types them, for the page and the error about another request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from crossmae.errors import advise
 
 # Arguments whose names differ from the fields of a request.
 ARGUMENTS = {
@@ -33,6 +35,12 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         fields = [key.removeprefix(DIGEST_OF) for key in now if before.get(key) != now[key]]
         pairs = [(f"another content of {name_of(field)}", as_typed(field, now[field])) for field in fields]
     return "; ".join(f"{first}, not {second}" for first, second in pairs)
+
+
+def command_of(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Write the command line of a request, without default values."""
+    given = [as_typed(field, value) for field, value in request.items() if value != defaults.get(field)]
+    return advise(" ".join(["python tools/run.py", *(words.removeprefix("IMAGES ") for words in given)]))
 
 
 def name_of(field: str) -> str:

@@ -6,6 +6,7 @@ Trainings are not run here: their measured speed is given, and their files are w
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from crossmae.experiments.pipeline.plan import Timing
 from crossmae.experiments.stages import RECORDS, Stage
 from crossmae.files import read_json
 from tools import split_labels
+from tools.run import build_parser
 
 SIDE, COUNT = 48, 40
 
@@ -90,6 +92,11 @@ def test_the_stages_in_order_and_the_held_out_images_stay_out(
     assert "features improved: nearest neighbours (%) 30 at step 0, 40 at the end" in capsys.readouterr().out
     page = read_json(output / RECORD)["page"]
     assert page["arms"] == {OWN: "own pretraining"}
+    assert "nearest neighbours (%) 30 at step 0, 40 at the end" in page["facts"]["After pretraining"]
+    typed = build_parser().parse_args(shlex.split(page["facts"]["Command"])[2:])
+    assert (typed.images, typed.labels, typed.output) == (request_of.images, request_of.labels, output)
+    assert (typed.budget, typed.seed, typed.by_folder) == ("15m", 0, False)
+    assert page["facts"]["Budget"].startswith("15 min 00 s. ")
     assert page["val"]["json"] == str(output / "data/val.json")
 
 
@@ -308,12 +315,12 @@ def test_a_plan_that_may_find_nothing_says_so_before_the_training_and_on_the_pag
     ],
 )
 def test_features_and_reconstruction_have_lines_of_their_own(
-    neighbours: tuple[float, ...], losses: tuple[float, ...], told: list[str], tmp_path: Path, capsys
+    neighbours: tuple[float, ...], losses: tuple[float, ...], told: list[str], tmp_path: Path
 ) -> None:
     rows = [{"knn_accuracy": value} for value in neighbours] + [{"val_loss": value} for value in losses]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pipeline.print_features(tmp_path / "log.jsonl", 200)
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == told
+    found = pipeline.describe_features(tmp_path / "log.jsonl", 200)
+    assert [line.partition(":")[0] for line in found] == told
 
 
 def test_without_labels_there_is_only_pretraining(request_of: Request) -> None:

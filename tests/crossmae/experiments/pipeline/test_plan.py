@@ -23,6 +23,7 @@ from crossmae.experiments.pipeline.plan import (
     list_doubts,
     make_plan,
     parse_duration,
+    planned_stages,
     pretrain_length,
 )
 
@@ -153,3 +154,13 @@ def test_few_labels_are_a_doubt_that_no_budget_mends():
     (found,) = list_doubts(plan_for(3600, FEW_DETECT_IMAGES - 1), FEWEST_DETECT_STEPS, DETECT, object_pixels=0)
     assert found.startswith("49 labelled images")
     assert "--budget" not in found
+
+
+def test_steps_that_are_chosen_later_are_those_of_the_table():
+    plan = plan_for(1800)
+    assert plan.detect is not None
+    steps = 2 * plan.detect.steps
+    rows = {row.name: row for row in planned_stages(plan, ["small", "large"], steps)}
+    assert f"{steps:,} steps, {2 * plan.detect.epochs:.3g} epochs of 400 images" in rows["detect-own"].what
+    assert rows["detect-own"].seconds == plan.detect.seconds
+    assert f"{plan.detect.steps:,} steps" in planned_stages(plan, ["small", "large"])[2].what
