@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import struct
 import sys
 import types
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
 from crossmae.errors import UserError
@@ -61,9 +62,16 @@ def test_tensorboard_gets_the_bytes_of_a_picture(mode: str, tmp_path: Path) -> N
     schedule = Schedule(8, 1, 4, 1, 2, 8, 8, 8, 0.0, 0.1, 0.0)
     with RunLog(tmp_path, schedule, 0, resumed=False, is_main=True, word="train", wandb=None) as records:
         records.image(3, "validation/1", tmp_path / "picture.png")
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("validation/1")
-    assert [(one.step, one.height, one.width) for one in found] == [(3, 5, 7)]
-    assert found[0].encoded_image_string == (tmp_path / "picture.png").read_bytes()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, found = path.read_bytes(), []
+    while data:  # length, checksum, event, checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.image) for value in event.summary.value]
+        data = data[16 + length :]
+    ((step, tag, image),) = found
+    assert (step, tag, image.height, image.width) == (3, "validation/1", 5, 7)
+    assert image.encoded_image_string == (tmp_path / "picture.png").read_bytes()
 
 
 def test_training_goes_on_without_tensorboard(

@@ -461,7 +461,7 @@ def test_without_jitter_sizes_are_detectron2s(tmp_path, jitter, photo):
 def test_ground_truth_is_pinned_and_nothing_else_changes(cfg, tmp_path, monkeypatch, form):
     """Without a GPU, torch cannot pin: a copy stands for it."""
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor.shape) or tensor.clone())
     cfg.INPUT.MASK_FORMAT = form
     path, images, _ = write_coco(tmp_path / "data", images=2, kind="polygon")
     use_own_data(cfg, (str(path), str(images)), None)
