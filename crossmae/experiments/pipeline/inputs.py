@@ -19,7 +19,7 @@ from crossmae.data.sources import Source, open_source
 from crossmae.data.sources.source import evenly_spaced
 from crossmae.errors import UserError, counted, printable, shorten
 from crossmae.experiments.pipeline.trainings import Trainings
-from crossmae.files import make_folder, put_in_place, read_json, temporary_folder, write_text
+from crossmae.files import make_folder, put_in_place, temporary_folder, write_text
 
 LOOKED_AT = 2000  # images whose headers are read
 DEEP_LOOKED_AT = 16  # images of more than 8 bits whose pixels are read
@@ -171,40 +171,38 @@ def images_next_to(source: Source, held_out: Sequence[str], train: Iterable[str]
     return [name for name in names if parents[folder_of(name)] in folders and Path(name).resolve() not in known]
 
 
-def count_unlabelled(source: Source, pretrain_list: Path, split: Path) -> tuple[int, int]:
-    """Count unlabelled images that are for pretraining, and that are left out.
+def count_unlabelled(pretrain_list: Path, folders: Mapping[str, str], contents: Mapping[str, Any]) -> int:
+    """Count images for pretraining that have no labels.
 
     Args:
-        pretrain_list: list of image files of the source.
-        split: folder that tools/split_labels.py wrote.
+        pretrain_list: list of image files.
+        folders, contents: of the COCO files of a split, by its sides.
     """
-    folders = read_json(split / "split.json")["images"]
     labelled = {
         str(Path(path).resolve())
         for name, folder in folders.items()
-        for path in labelled_paths(read_json(split / f"{name}.json"), Path(folder))
+        for path in labelled_paths(contents[name], Path(folder))
     }
-    listed = set(pretrain_list.read_text("utf-8").splitlines())
-    bare = {str(Path(source.name(index)).resolve()) for index in range(len(source))} - labelled
-    return len(bare & listed), len(bare - listed)
+    return sum(name not in labelled for name in pretrain_list.read_text("utf-8").splitlines())
 
 
-def describe_labels(trainings: Trainings, source: Source) -> dict[str, str]:
+def describe_labels(
+    trainings: Trainings, about: Mapping[str, Any], contents: Mapping[str, Any], next_to: int
+) -> dict[str, str]:
     """Describe labels and object crops in words, by heading, and print them.
 
     Args:
-        source: images of the user, before some were held out.
+        about: record of the split. contents: of its COCO files.
+        next_to: number of unlabelled images of held-out folders, which are left out.
     """
     assert trainings.train is not None
     assert trainings.val is not None
-    split = trainings.output / "data"
-    about = read_json(split / "split.json")
     objects = sum(about["counts"][name]["objects"] for name in ("train", "val"))
     empty = about["counts"]["train"]["empty"]
     left_out = f" ({empty:,} more have no objects, and the detector leaves them out)" if empty else ""
     folders = [printable(name) for name in about.get(HELD_OUT_FOLDERS, [])]
     held_out = f" (held out: {shorten(folders)})" if folders else ""
-    bare, next_to = count_unlabelled(source, trainings.pretrain_list, split)
+    bare = count_unlabelled(trainings.pretrain_list, about["images"], contents)
     unlabelled = f", {bare:,} unlabelled, for pretraining only" if bare else ""
     if next_to:
         unlabelled += (

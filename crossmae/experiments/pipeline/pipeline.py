@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Decision:
     detect_steps: int | None = None
 
 
-_DECISION, _REQUEST, _JSON = TypeAdapter(Decision), TypeAdapter(Request), TypeAdapter[Any](Any)
+_DECISION, _REQUEST = TypeAdapter(Decision), TypeAdapter(Request)
 
 
 def run_pipeline(request: Request, *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -228,9 +228,7 @@ def list_stages(request: Request, started: float, *, dry_run: bool = False) -> I
 def keep(request: Request, decision: Decision) -> None:
     """Record a decision, and what the page needs."""
     path, trainings = request.output / RECORD, decision.trainings
-    given = [field for field in fields(Request) if field.default is not MISSING]
-    defaults = {field.name: _JSON.dump_python(field.default, mode="json") for field in given}
-    command = command_of(_REQUEST.dump_python(request, mode="json"), defaults)
+    command = command_of(_REQUEST.dump_python(request, mode="json", exclude_defaults=True))
     budget = (
         f"{format_seconds(request.budget)}. Looking at the data and measuring this machine took "
         f"{format_seconds(decision.plan.spent)}, which the time of the stages does not contain"
@@ -294,9 +292,8 @@ def decide(request: Request, look: Look, started: float) -> Decision:
         started: time of `time.monotonic` at the start of the command.
     """
     recipe, facts = look.recipe, dict(look.facts)
-    trainings, count = prepare_inputs(request, recipe, look.source, look.images)
-    if trainings.train and trainings.val:
-        facts |= describe_labels(trainings, look.source)
+    trainings, count, labels = prepare_inputs(request, recipe, look.source, look.images)
+    facts |= labels
     batch = images_per_step(recipe, count, trainings.pretrain_settings)
     print("measuring some steps of pretraining, with its start and evaluations", flush=True)
     pretrain = (count, time_pretraining(trainings, batch, count))
@@ -344,22 +341,26 @@ def choose_recipe() -> tuple[Recipe, str]:
     return (ONE_GPU if gpu else LAPTOP), f"{found['processor']}, {cores}, {gpu or 'no GPU'}"
 
 
-def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: ImageFacts) -> tuple[Trainings, int]:
+def prepare_inputs(
+    request: Request, recipe: Recipe, source: Source, images: ImageFacts
+) -> tuple[Trainings, int, dict[str, str]]:
     """Write the lists of images and the crops of objects.
 
-    Returns the inputs of the trainings, and the number of images for pretraining.
+    Returns the inputs of the trainings, the number of images for pretraining, and the labels in words, by heading.
     """
     output = request.output
+    about, contents = dict[str, Any](), dict[str, Any]()
     train = val = objects = None
     held_out, next_to = list[str](), list[str]()
     has_masks, share = False, 0.0
     if request.labels is not None:
-        train, val = read_split(output / "data")
-        contents = {part: read_json(one.json) for part, one in (("train", train), ("val", val))}
+        about = read_json(output / "data/split.json")
+        train, val = read_split(output / "data", about)
+        contents = {name: read_json(output / f"data/{name}.json") for name in about["images"]}
         held_out = labelled_paths(contents["val"], val.images)
         if request.by_folder:
             next_to = images_next_to(source, held_out, labelled_paths(contents["train"], train.images))
-        has_masks = all(one.get("segmentation") for content in contents.values() for one in content["annotations"])
+        has_masks = all(one.get("segmentation") for part in ("train", "val") for one in contents[part]["annotations"])
         share = object_share(contents["train"])
         crops = {
             part: write_object_crops(contents[part], one.images, part, output / "objects")
@@ -391,12 +392,15 @@ def prepare_inputs(request: Request, recipe: Recipe, source: Source, images: Ima
         detect_settings=(*fitting[1], *request.detect_settings),
         object_share=share,
     )
-    return trainings, count
+    return trainings, count, describe_labels(trainings, about, contents, len(next_to)) if about else {}
 
 
-def read_split(folder: Path) -> tuple[LabelledSplit, LabelledSplit]:
-    """Read what tools/split_labels.py wrote."""
-    about = read_json(folder / "split.json")
+def read_split(folder: Path, about: Mapping[str, Any]) -> tuple[LabelledSplit, LabelledSplit]:
+    """Find the two sides of a split.
+
+    Args:
+        folder: what tools/split_labels.py wrote. about: the content of its split.json.
+    """
     folders = about["images"]
     if lacking := [name for name in ("train", "val") if name not in folders]:
         raise UserError(

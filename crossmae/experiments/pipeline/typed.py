@@ -37,9 +37,12 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{first}, not {second}" for first, second in pairs)
 
 
-def command_of(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Write the command line of a request, without default values."""
-    given = [as_typed(field, value) for field, value in request.items() if value != defaults.get(field)]
+def command_of(request: Mapping[str, Any]) -> str:
+    """Write the command line of a request.
+
+    `request` has the fields that are not at their default.
+    """
+    given = [as_typed(field, value) for field, value in request.items()]
     return advise(" ".join(["python tools/run.py", *(words.removeprefix("IMAGES ") for words in given)]))
 
 

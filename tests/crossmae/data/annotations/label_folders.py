@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from crossmae.data.annotations.records import UNSPLIT, AnnotationSet
+
 WIDTH, HEIGHT = 40, 30
+BOX = "0 .5 .5 .5 .4\n"  # a row of YOLO
 
 
 def write_image(path: Path, seed: int = 0, orientation: int = 1, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
@@ -85,3 +88,15 @@ def write_coco_json(path: Path, names: Sequence[str], split: str = "") -> Path:
         "info": {"split": split},
     }
     return write(path, json.dumps(content))
+
+
+def objects(found: AnnotationSet, split: str = UNSPLIT) -> dict[str, list[tuple[str, list[float], Any]]]:
+    """Class, box and mask of every object, by file name."""
+    content = found.splits[split].content
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    result: dict[str, list[tuple[str, list[float], Any]]] = {name: [] for name in files.values()}
+    for one in content["annotations"]:
+        row = (names[one["category_id"]], one["bbox"], one.get("segmentation"))
+        result[files[one["image_id"]]].append(row)
+    return result
